@@ -1,0 +1,1 @@
+"""How fast does the artifact run, and in how much memory?"""

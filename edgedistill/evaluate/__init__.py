@@ -1,0 +1,1 @@
+"""Does the artifact still do its job?"""

@@ -1,0 +1,1 @@
+"""What a build says of itself: report.json, Markdown, HTML, the terminal table."""

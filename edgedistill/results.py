@@ -1,0 +1,258 @@
+"""What verify, evaluate and bench find, as typed documents: the contents of report.json."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+Verdict = Literal["pass", "fail", "underpowered", "unjudged", "not measured"]
+
+
+class Document(BaseModel):
+    """Base of all results: frozen, no unknown fields."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TextDivergence(Document):
+    """How far an artifact's next-token distributions lie from a float32 judge, on one text.
+
+    KL is KL(judge || artifact) in nats per token; ``top1`` the share of positions with the same
+    most probable token.
+    """
+
+    text: str
+    tokens: int
+    kl_mean: float
+    kl_p99: float
+    kl_max: float
+    worst_position: int
+    top1: float
+
+
+class Check(Document):
+    """One line of a verification: what was measured, and the limit that it was held to."""
+
+    name: str
+    passed: bool
+    value: float | None = None
+    limit: float | None = None
+    detail: str = ""
+
+
+class Verification(Document):
+    """Is the artifact the model that we think it is?
+
+    Attributes:
+        against_weights: against ``transformers`` float32 on the same (dequantized) weights.
+        against_reference: against ``transformers`` float32 on the reference.
+        settings: of the runtime.
+    """
+
+    checks: list[Check]
+    against_weights: list[TextDivergence]
+    against_reference: list[TextDivergence]
+    settings: dict[str, str]
+    limitation: str | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check passed."""
+        return all(check.passed for check in self.checks)
+
+
+class Interval(Document):
+    """A confidence interval, 95% unless said otherwise."""
+
+    low: float
+    high: float
+
+
+class Flip(Document):
+    """A case whose answer changed between reference and artifact."""
+
+    id: str
+    prompt: str
+    expected: str
+    reference_answer: str
+    artifact_answer: str
+    slices: list[str]
+    kind: Literal["broken", "fixed"]
+
+
+class SliceQuality(Document):
+    """Quality on one slice (or on all cases, ``slice`` = "all"), weighted by the cases' weights.
+
+    Attributes:
+        score: share of right answers; ``retention`` is score / reference_score.
+        log_score: mean cross-entropy in nats of the choices' probabilities against the soft labels
+            (the answer, where a case has none): lower is better.
+        log_score_loss: log_score minus the reference's.
+        broken: share of the reference's right answers that the artifact gets wrong.
+        fixed: number of the reference's wrong answers that the artifact gets right.
+    """
+
+    slice: str
+    cases: int
+    score: float
+    score_interval: Interval
+    reference_score: float
+    retention: float
+    retention_interval: Interval
+    log_score: float
+    log_score_loss: float
+    log_score_loss_interval: Interval
+    macro_f1: float
+    broken: float
+    broken_cases: int
+    fixed_cases: int
+
+
+class FloorCheck(Document):
+    """One clause of the floor, judged by its interval.
+
+    ``value`` is the measured figure; ``cases_needed`` is set when the suite cannot decide.
+    """
+
+    clause: str
+    slice: str
+    limit: float
+    value: float
+    interval: Interval
+    verdict: Verdict
+    cases_needed: int | None = None
+
+
+class Evaluation(Document):
+    """Does the artifact still do its job?"""
+
+    cases: int
+    cases_in_suite: int
+    runtime: str
+    slices: list[SliceQuality]
+    floor: list[FloorCheck]
+    flips: list[Flip]
+    verdict: Verdict
+    seconds: float
+
+    @property
+    def overall(self) -> SliceQuality:
+        """Quality over all cases."""
+        return self.slices[0]
+
+
+class Timing(Document):
+    """Raw times of one kind, and their percentiles."""
+
+    p50: float
+    p95: float
+    raw: list[float]
+
+
+class Bench(Document):
+    """Speed on one device, by the definitions of MLPerf Client (docs/benchmarks.md).
+
+    Keys of the tables are prompt lengths in tokens.
+
+    Attributes:
+        decode_roofline_share: p50 decode rate / (memory bandwidth / bytes read per token).
+        cpu_share: CPU time / (wall time x threads) of the measured runs; low on a busy machine.
+        accepted: False on a busy machine or with a spread that is too wide; ``reason`` says why.
+    """
+
+    device: str
+    runtime: str
+    threads: int
+    ttft_model_ms: dict[int, Timing]
+    ttft_user_ms: Timing | None
+    ttft_cold_ms: Timing | None
+    prefill_tok_per_s: dict[int, Timing]
+    decode_tok_per_s: dict[int, Timing]
+    memory_bandwidth_gb_per_s: float
+    decode_roofline_share: float
+    peak_rss_bytes: int
+    cpu_share: float
+    accepted: bool
+    reason: str
+    settings: dict[str, str]
+
+
+class BudgetCheck(Document):
+    """One clause of a target's budget."""
+
+    clause: str
+    limit: float
+    value: float | None
+    verdict: Verdict
+
+
+class ArtifactReport(Document):
+    """One rung in one format.
+
+    Attributes:
+        path: the artifact's directory, relative to the exports root.
+        size_bytes: of the files that ship; ``bits_per_weight`` of weight data / parameters.
+        shippable: verified, floor met, budget met.
+        why_not: one sentence when not shippable.
+    """
+
+    rung: str
+    format: str
+    runtime: str
+    path: str
+    size_bytes: int
+    weight_bytes: int
+    parameters: int
+    bits_per_weight: float
+    verification: Verification | None
+    evaluation: Evaluation | None
+    bench: Bench | None
+    budget: list[BudgetCheck]
+    shippable: bool
+    why_not: str | None
+
+
+class StepReport(Document):
+    """One step of the build: how long it took and how much memory it held when it ran."""
+
+    label: str
+    key: str
+    cached: bool
+    seconds: float
+    peak_rss_bytes: int
+    error: str | None = None
+
+
+class Judgement(Document):
+    """The rung to ship for one target, or why there is none."""
+
+    target: str
+    format: str
+    rung: str | None
+    reason: str
+
+
+class BuildReport(Document):
+    """A whole build: the contents of ``exports/<recipe>/report.json``."""
+
+    schema_version: Literal[1] = 1
+    recipe: str
+    edgedistill: str
+    started: str
+    seconds: float
+    license: str | None
+    student: str
+    context_tokens: int
+    parameters: int
+    reference: SliceQuality | None
+    artifacts: list[ArtifactReport]
+    judgements: list[Judgement]
+    steps: list[StepReport]
+    machine: dict[str, str]
+    exit_code: int
+
+    @property
+    def peak_rss_bytes(self) -> int:
+        """The largest peak of any step's process."""
+        return max((step.peak_rss_bytes for step in self.steps), default=0)

@@ -1,0 +1,1 @@
+"""Programs that run artifacts: one file, one runtime."""

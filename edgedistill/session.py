@@ -1,0 +1,102 @@
+"""The one contract of all runtimes: a session that holds a model and its cache."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import ClassVar, Self
+
+import numpy as np
+import numpy.typing as npt
+
+Logits = npt.NDArray[np.float32]
+
+
+class Session(ABC):
+    """A loaded artifact with the cache of the tokens that it has seen.
+
+    ``position`` counts the tokens in the cache.  Every call appends to them; :meth:`rewind` takes
+    tokens back.  One session serves one thread.
+    """
+
+    vocab_size: int
+    context_tokens: int
+    position: int
+
+    @abstractmethod
+    def prefill(self, ids: Sequence[int]) -> Logits:
+        """Append ``ids`` (at least one) and return the logits after the last: float32 [vocab].
+
+        Raises:
+            UsageError: the tokens do not fit into ``context_tokens``.
+        """
+
+    @abstractmethod
+    def stream_logits(self, ids: Sequence[int]) -> Iterator[Logits]:
+        """Append ``ids`` and yield the logits after each, in order, in chunks: float32 [n, vocab].
+
+        The text's logits never lie in memory at once.  The iterator has to be exhausted.
+        """
+
+    @abstractmethod
+    def rewind(self, position: int) -> None:
+        """Keep the first ``position`` tokens of the cache and forget the others."""
+
+    def step(self, token: int) -> Logits:
+        """Append one token and return the logits after it: float32 [vocab]."""
+        return self.prefill([token])
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.rewind(0)
+
+    def tokenize(self, text: str) -> list[int] | None:
+        """Ids by the tokenizer that the artifact carries for its runtime, special tokens parsed.
+
+        Nothing is added (no BOS).  None where the runtime has no tokenizer of its own.
+        """
+        return None
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give back memory and files; the session is of no use afterwards."""
+
+    def __enter__(self) -> Self:
+        """The session itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close."""
+        self.close()
+
+
+class Runtime(ABC):
+    """A program that runs artifacts; ``runtimes/<name>.py`` holds one subclass.
+
+    Attributes:
+        extra: the pip extra that installs it.
+        limitation: what a measurement in this runtime cannot show, said wherever its figures are.
+    """
+
+    extra: ClassVar[str]
+    limitation: ClassVar[str | None] = None
+
+    @abstractmethod
+    def open(self, artifact: Path, *, context_tokens: int, threads: int) -> Session:
+        """Load an artifact's directory with the settings that ship.
+
+        Raises:
+            InputError: the artifact is missing, damaged or of another kind.
+            UnavailableError: the runtime is not installed; the hint names the extra.
+        """
+
+    @abstractmethod
+    def settings(self) -> dict[str, str]:
+        """Versions and settings that decide the numbers, for reports and cache keys."""

@@ -1,0 +1,1 @@
+"""Compression steps: one file, one stage; the file name is the name in a recipe."""

@@ -1,0 +1,244 @@
+"""Read and write student directories in the Hugging Face layout, a tensor at a time.
+
+A quantized tensor ``X`` is stored as ``X.codes`` (packed, first element in the low bits),
+``X.scales`` and, on a grid with integer zeros, ``X.zeros``; its grid stands in ``grids.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from edgedistill.decoder import DecoderFacts
+from edgedistill.errors import InputError
+from edgedistill.quantized import Grid, QTensor, pack_codes, unpack_codes
+from edgedistill.safetensors_file import SafetensorsFile, StoredTensor
+
+GRIDS_FILE = "grids.json"
+INDEX_FILE = "model.safetensors.index.json"
+SHARD_BYTES = 256 * 1024 * 1024
+SIDE_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+class Student:
+    """A student directory; opening it reads the headers alone.
+
+    Raises:
+        InputError: no config, no safetensors, pickled weights, a truncated file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config: dict[str, Any] = read_json(path / "config.json")
+        self._files = {name: file for file in _open_weights(path) for name in file.tensors}
+        grids = read_json(path / GRIDS_FILE) if (path / GRIDS_FILE).exists() else {}
+        self.grids: dict[str, Grid] = {name: Grid(**fields) for name, fields in grids.items()}
+
+    @property
+    def facts(self) -> DecoderFacts:
+        """The family facts that its config states."""
+        return DecoderFacts.from_config(self.config, where=str(self.path / "config.json"))
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether any tensor lies on a grid."""
+        return bool(self.grids)
+
+    def names(self) -> list[str]:
+        """All tensors, sorted; a quantized one appears under its own name, once."""
+        parts = {f"{name}{suffix}" for name in self.grids for suffix in _SUFFIXES}
+        return sorted((set(self._files) - parts) | set(self.grids))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files or name in self.grids
+
+    def stored(self, name: str) -> StoredTensor:
+        """Place, dtype and shape of a float tensor."""
+        if name not in self._files:
+            raise InputError(
+                f"has no tensor {name}",
+                where=str(self.path),
+                hint="the checkpoint is incomplete, or its config names another architecture",
+            )
+        return self._files[name].tensors[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of the tensor, unpacked."""
+        if name not in self.grids:
+            return self.stored(name).shape
+        rows, groups = self.stored(f"{name}.scales").shape
+        return rows, groups * self.grids[name].group_size
+
+    def read(self, name: str) -> npt.NDArray[np.float32]:
+        """The tensor as float32, dequantized if it is quantized."""
+        if name in self.grids:
+            return self.read_quantized(name).dequantize()
+        self.stored(name)
+        return self._files[name].read(name).astype(np.float32, copy=False)
+
+    def read_quantized(self, name: str) -> QTensor:
+        """The integers, scales and zeros of a quantized tensor."""
+        grid = self.grids[name]
+        packed, scales = (self._part(name, suffix) for suffix in (".codes", ".scales"))
+        zeros = self._part(name, ".zeros") if grid.zero == "integer" else None
+        codes = unpack_codes(packed, grid.bits, scales.shape[1] * grid.group_size)
+        return QTensor(grid, codes, scales, zeros)
+
+    def _part(self, name: str, suffix: str) -> npt.NDArray[Any]:
+        self.stored(name + suffix)
+        return self._files[name + suffix].read(name + suffix)
+
+
+_SUFFIXES = (".codes", ".scales", ".zeros")
+
+
+class StudentWriter:
+    """Writes a student directory in bounded memory: at most one shard is held.
+
+    Args:
+        dst: an empty directory.
+        like: the student whose config and tokenizer files are carried over.
+        config: replaces that config, when the shape changes.
+    """
+
+    def __init__(self, dst: Path, like: Student, config: dict[str, Any] | None = None) -> None:
+        self._dst = dst
+        self._config = like.config if config is None else config
+        self._grids: dict[str, Grid] = {}
+        self._shard: dict[str, npt.NDArray[Any]] = {}
+        self._shards: list[list[str]] = []
+        self._total_bytes = 0
+        copy_side_files(like.path, dst)
+
+    def write(self, name: str, value: npt.NDArray[Any] | QTensor) -> None:
+        """Add a tensor: a float array is stored in its dtype, a QTensor packed."""
+        if not isinstance(value, QTensor):
+            self._add(name, value)
+            return
+        self._grids[name] = value.grid
+        self._add(f"{name}.codes", pack_codes(value.codes, value.grid.bits))
+        self._add(f"{name}.scales", value.scales)
+        if value.zeros is not None:
+            self._add(f"{name}.zeros", value.zeros)
+
+    def close(self) -> None:
+        """Write what is still held, the index and the config."""
+        self._flush()
+        count, weight_map = len(self._shards), {}
+        for number, names in enumerate(self._shards, start=1):
+            final = f"model-{number:05d}-of-{count:05d}.safetensors"
+            (self._dst / f"shard-{number}").rename(self._dst / final)
+            weight_map.update(dict.fromkeys(names, final))
+        index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
+        write_json(self._dst / INDEX_FILE, index)
+        write_json(self._dst / "config.json", self._config)
+        if self._grids:
+            write_json(self._dst / GRIDS_FILE, {n: vars(g) for n, g in self._grids.items()})
+
+    def _add(self, name: str, array: npt.NDArray[Any]) -> None:
+        held = sum(a.nbytes for a in self._shard.values())
+        if self._shard and held + array.nbytes > SHARD_BYTES:
+            self._flush()
+        self._shard[name] = np.ascontiguousarray(array)
+
+    def _flush(self) -> None:
+        from safetensors.numpy import save_file
+
+        if not self._shard:
+            return
+        save_file(self._shard, self._dst / f"shard-{len(self._shards) + 1}", {"format": "pt"})
+        self._total_bytes += sum(a.nbytes for a in self._shard.values())
+        self._shards.append(list(self._shard))
+        self._shard = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self.close()
+
+
+def dequantize_student(src: Path, dst: Path) -> None:
+    """Write a float32 copy of a student that opens in ``transformers``."""
+    student = Student(src)
+    with StudentWriter(dst, student) as writer:
+        for name in student.names():
+            writer.write(name, student.read(name))
+
+
+def copy_side_files(src: Path, dst: Path) -> None:
+    """Copy tokenizer, chat template and generation config from a student directory."""
+    for name in SIDE_FILES:
+        if (src / name).is_file():
+            shutil.copyfile(src / name, dst / name)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        InputError: the file is missing or not a JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(
+            f"there is no {path.name}",
+            where=str(path.parent),
+            hint="a student is a directory in the Hugging Face layout, or a GGUF file",
+        ) from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot be read as JSON ({error})", where=str(path)) from error
+    if not isinstance(value, dict):
+        raise InputError("is not a JSON object", where=str(path))
+    return value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON with stable bytes."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _open_weights(path: Path) -> list[SafetensorsFile]:
+    if (path / INDEX_FILE).exists():
+        weight_map = read_json(path / INDEX_FILE).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise InputError("has no weight_map", where=str(path / INDEX_FILE))
+        names = sorted({str(file) for file in weight_map.values()})
+        for name in names:
+            if Path(name).name != name:
+                raise InputError(f"names a shard outside: {name}", where=str(path / INDEX_FILE))
+        return [SafetensorsFile(path / name) for name in names]
+    files = sorted(path.glob("*.safetensors"))
+    if files:
+        return [SafetensorsFile(file) for file in files]
+    pickles = sorted(file.name for pattern in PICKLES for file in path.glob(pattern))
+    if pickles:
+        raise InputError(
+            f"holds pickled weights ({pickles[0]}), which can run code when they are opened",
+            where=str(path),
+            hint="convert them to safetensors where they are trusted: "
+            "model.save_pretrained(dir, safe_serialization=True)",
+        )
+    raise InputError("holds no *.safetensors", where=str(path), hint="is it the right directory?")

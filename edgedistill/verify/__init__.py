@@ -1,0 +1,1 @@
+"""Is the artifact the model that we think it is?"""

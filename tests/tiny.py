@@ -1,0 +1,118 @@
+"""Tiny real models: random weights with peaked logits, a real BPE tokenizer, a chat template."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+CORPUS = [
+    "The quick brown fox jumps over the lazy dog, and 1234567890 is a number.",
+    "def add(a: int, b: int) -> int:\n    return a + b\n",
+    "I love this film! It was terrible, though; the plot made no sense at all :(",
+    "Größe, naïve café, 你好世界, emoji 🙂🎉 and    many   spaces.",
+] * 8
+
+FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama", "tie_word_embeddings": True},
+    "llama3": {
+        "model_type": "llama",
+        "tie_word_embeddings": False,
+        "head_dim": 32,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "mistral": {"model_type": "mistral", "tie_word_embeddings": False, "sliding_window": None},
+    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen3": {"model_type": "qwen3", "tie_word_embeddings": True, "head_dim": 32},
+}
+
+
+def write_tokenizer(directory: Path, vocab_size: int = 512) -> None:
+    """A byte-level BPE tokenizer of SmolLM's kind: digits one by one, then bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    filler = [f"<|unused_{i}|>" for i in range(vocab_size - tokenizer.get_vocab_size())]
+    tokenizer.add_special_tokens(filler)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<|im_start|>",
+        "eos_token": "<|im_end|>",
+        "unk_token": "<|endoftext|>",
+        "pad_token": "<|im_end|>",
+        "add_bos_token": False,
+        "model_max_length": 256,
+        "clean_up_tokenization_spaces": False,
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
+    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+
+
+def write_student(directory: Path, family: str = "llama", seed: int = 0, **changes: Any) -> Path:
+    """A random student of a family that ``transformers`` opens; returns the directory.
+
+    The embedding is large enough for the logits to be peaked: a fault has to show.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    directory.mkdir(parents=True, exist_ok=True)
+    fields: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 512,
+        "max_position_embeddings": 256,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 2,
+        "hidden_act": "silu",
+    }
+    fields |= FAMILY_CONFIGS[family] | changes
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(**fields)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            elif parameter.ndim == 2:
+                parameter.normal_(0.0, 0.35 if "embed" in name or "lm_head" in name else 0.18)
+            else:
+                parameter.normal_(0.0, 0.3)
+    model.save_pretrained(directory)
+    write_tokenizer(directory, fields["vocab_size"])
+    return directory
