@@ -1,3 +1,3 @@
-"""edgedistill: turn a distilled student language model into files that run on devices, and prove it."""
+"""edgedistill: turn a distilled student into files that run on devices, and prove it."""
 
 __version__ = "0.1.0"

@@ -47,7 +47,7 @@ class Grid:
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits of code, float16 scale and zero point for one weight, before any format's padding."""
+        """Bits of code, float16 scale and zero point for one weight, without any padding."""
         zero_bits = self.bits if self.zero == "integer" else 0
         return self.bits + (16 + zero_bits) / self.group_size
 

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import ClassVar, Self
+from typing import ClassVar, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -77,16 +77,33 @@ class Session(ABC):
         self.close()
 
 
+class Agreement(NamedTuple):
+    """How near a runtime's logits must come to float32 ones of the same weights.
+
+    Attributes:
+        kl_mean: largest mean KL(judge || artifact), in nats a token.
+        top1: least share of positions with the same most probable token.
+    """
+
+    kl_mean: float
+    top1: float
+
+
 class Runtime(ABC):
     """A program that runs artifacts; ``runtimes/<name>.py`` holds one subclass.
 
     Attributes:
         extra: the pip extra that installs it.
         limitation: what a measurement in this runtime cannot show, said wherever its figures are.
+        float_agreement: what an unquantized artifact is held to.
+        quantized_agreement: what a quantized one is held to, against its own dequantized weights;
+            looser where the runtime rounds activations to 8 bits.
     """
 
     extra: ClassVar[str]
     limitation: ClassVar[str | None] = None
+    float_agreement: ClassVar[Agreement] = Agreement(1e-4, 0.995)
+    quantized_agreement: ClassVar[Agreement] = Agreement(1e-4, 0.995)
 
     @abstractmethod
     def open(self, artifact: Path, *, context_tokens: int, threads: int) -> Session:

@@ -1,0 +1,142 @@
+"""Merging a LoRA adapter: equal to peft's, whole, once, and refused when it does not fit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+from edgedistill.errors import InputError
+from edgedistill.stages.merge_lora import MergeLora
+from edgedistill.student import Student
+
+TARGETS = ("q", "k", "v", "o")
+
+
+def _write_adapter(student: Student, directory: Path, rank: int = 4, **config: Any) -> Path:
+    rng = np.random.default_rng(7)
+    directory.mkdir()
+    tensors = {}
+    for layer in range(student.facts.layers):
+        for short, name in student.facts.linears(layer).items():
+            if short in TARGETS:
+                rows, columns = student.shape(name)
+                prefix = f"base_model.model.{name.removesuffix('.weight')}"
+                a, b = rng.normal(0, 0.2, (rank, columns)), rng.normal(0, 0.2, (rows, rank))
+                tensors[f"{prefix}.lora_A.weight"] = a.astype(np.float32)
+                tensors[f"{prefix}.lora_B.weight"] = b.astype(np.float32)
+    save_file(tensors, directory / "adapter_model.safetensors")
+    fields: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": 16,
+        "target_modules": [f"{t}_proj" for t in TARGETS],
+        "bias": "none",
+        "base_model_name_or_path": "",
+    }
+    (directory / "adapter_config.json").write_text(json.dumps(fields | config))
+    return directory
+
+
+def _logits(directory: Path) -> torch.Tensor:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        logits: torch.Tensor = model(torch.arange(40)[None]).logits[0]
+    return logits
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_merged_student_equals_pefts_adapted_model(
+    tiny: Callable[[str], Path], tmp_path: Path, rslora: bool
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    student = Student(tiny("llama"))
+    adapter = _write_adapter(student, tmp_path / "adapter", use_rslora=rslora)
+    merged = tmp_path / "merged"
+    merged.mkdir()
+    MergeLora(adapter=adapter).run(student.path, merged)
+    base = AutoModelForCausalLM.from_pretrained(student.path, dtype=torch.float32)
+    with torch.inference_mode():
+        adapted = PeftModel.from_pretrained(base, adapter).eval()
+        expected = adapted(torch.arange(40)[None]).logits[0]
+    assert (expected - _logits(student.path)).abs().max() > 0.1  # the adapter does something
+    torch.testing.assert_close(_logits(merged), expected, atol=2e-4, rtol=1e-4)
+
+
+def test_two_adapters_merge_in_order(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    student = Student(tiny("llama"))
+    adapter = _write_adapter(student, tmp_path / "adapter")
+    name = student.facts.linears(0)["q"]
+    previous = student.path
+    for step in ("once", "twice"):
+        (tmp_path / step).mkdir()
+        MergeLora(adapter=adapter).run(previous, tmp_path / step)
+        previous = tmp_path / step
+    base, once, twice = (
+        Student(p).read(name) for p in (student.path, tmp_path / "once", tmp_path / "twice")
+    )
+    np.testing.assert_allclose(twice - base, 2 * (once - base), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"bias": "all"}, "bias"),
+        ({"peft_type": "IA3"}, "IA3"),
+        ({"lora_alpha": None}, "lora_alpha"),
+    ],
+)
+def test_what_a_plain_merge_would_lose_is_refused_by_name(
+    tiny: Callable[[str], Path], tmp_path: Path, config: dict[str, Any], named: str
+) -> None:
+    student = Student(tiny("llama"))
+    adapter = _write_adapter(student, tmp_path / "adapter", **config)
+    (problem,) = MergeLora(adapter=adapter).problems(student.facts, quantized=False)
+    assert named in problem
+
+
+def test_an_adapter_of_another_shape_is_refused_before_any_work(
+    tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    adapter = _write_adapter(Student(tiny("llama3")), tmp_path / "adapter")
+    (problem,) = MergeLora(adapter=adapter).problems(Student(tiny("llama")).facts, False)
+    assert "k_proj" in problem
+    assert "another shape" in problem
+
+
+def test_an_untrained_adapter_is_refused(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    student = Student(tiny("llama"))
+    adapter = _write_adapter(student, tmp_path / "adapter")
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({n: t * (0 if "lora_B" in n else 1) for n, t in tensors.items()}, file)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(InputError, match="changes no weight"):
+        MergeLora(adapter=adapter).run(student.path, tmp_path / "out")
+
+
+def test_half_a_pair_and_a_missing_file_are_refused(
+    tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    student = Student(tiny("llama"))
+    adapter = _write_adapter(student, tmp_path / "adapter")
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors.pop(next(n for n in tensors if "lora_A" in n))
+    save_file(tensors, file)
+    assert "half a pair" in MergeLora(adapter=adapter).problems(student.facts, False)[0]
+    file.unlink()
+    assert "cannot be read" in MergeLora(adapter=adapter).problems(student.facts, False)[0]
