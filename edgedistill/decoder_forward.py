@@ -1,0 +1,85 @@
+"""A small decoder that runs from the facts, a block at a time, in float32 torch.
+
+It holds one block's weights at once, so a model of any size streams through it: the base of
+calibration and of healing.  It is itself held against ``transformers`` and judges nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from edgedistill.student import Student
+
+
+class DecoderForward:
+    """Runs a student's blocks on hidden states [batch, tokens, hidden], from position 0."""
+
+    def __init__(self, student: Student) -> None:
+        self.student = student
+        self.facts = student.facts
+        self._inverse = torch.from_numpy(self.facts.rope.inverse_frequencies(self.facts.head_dim))
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """int64 [batch, tokens] -> float32 [batch, tokens, vocab]."""
+        hidden = self.embed(ids)
+        for layer in range(self.facts.layers):
+            hidden = self.block(layer, hidden)
+        return self.head(hidden)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """int64 [batch, tokens] -> [batch, tokens, hidden]."""
+        return functional.embedding(ids, self._tensor(self.facts.embedding))
+
+    def block(self, layer: int, hidden: Tensor) -> Tensor:
+        """One block: attention, then the feed-forward network, each on a normalized stream."""
+        weights = {s: self._tensor(n) for s, n in self.facts.linears(layer).items()}
+        norms = {s: self._tensor(n) for s, n in self.facts.norms(layer).items()}
+        biases = {s: self._tensor(n) for s, n in self.facts.biases(layer).items()}
+        attended = self._attention(weights, norms, biases, self._norm(hidden, norms["attention"]))
+        hidden = hidden + functional.linear(attended, weights["o"], biases.get("o"))
+        x = self._norm(hidden, norms["ffn"])
+        gated = functional.silu(functional.linear(x, weights["gate"]))
+        return hidden + functional.linear(
+            gated * functional.linear(x, weights["up"]), weights["down"]
+        )
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """[..., hidden] -> logits [..., vocab]."""
+        normalized = self._norm(hidden, self._tensor(self.facts.final_norm))
+        return functional.linear(normalized, self._tensor(self.facts.head))
+
+    def _attention(
+        self,
+        weights: dict[str, Tensor],
+        norms: dict[str, Tensor],
+        biases: dict[str, Tensor],
+        x: Tensor,
+    ) -> Tensor:
+        """Causal grouped-query attention: [batch, tokens, hidden] -> [..., heads * head_dim]."""
+        batch, tokens, _ = x.shape
+        q, k, v = (
+            functional.linear(x, weights[s], biases.get(s))
+            .view(batch, tokens, -1, self.facts.head_dim)
+            .transpose(1, 2)  # [batch, heads, tokens, head_dim]
+            for s in "qkv"
+        )
+        if self.facts.qk_norm:
+            q, k = self._norm(q, norms["q"]), self._norm(k, norms["k"])
+        q, k = self._rotate(q), self._rotate(k)
+        attended = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return attended.transpose(1, 2).reshape(batch, tokens, -1)
+
+    def _rotate(self, x: Tensor) -> Tensor:
+        """Rotary embedding of halves on [batch, heads, tokens, head_dim]."""
+        angles = torch.outer(torch.arange(x.shape[2], dtype=torch.float32), self._inverse)
+        cos, sin = angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)  # [tokens, head_dim]
+        low, high = x.chunk(2, dim=-1)
+        return x * cos + torch.cat((-high, low), dim=-1) * sin
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return functional.rms_norm(x, (x.shape[-1],), weight, self.facts.norm_eps)
+
+    def _tensor(self, name: str) -> Tensor:
+        return torch.from_numpy(self.student.read(name))

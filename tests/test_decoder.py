@@ -1,0 +1,76 @@
+"""The facts of a family, and the decoder that runs from them, against transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from edgedistill.decoder import DecoderFacts
+from edgedistill.decoder_forward import DecoderForward
+from edgedistill.errors import InputError
+from edgedistill.student import Student
+from tests.tiny import FAMILY_CONFIGS
+
+
+@pytest.mark.parametrize("family", FAMILY_CONFIGS)
+def test_decoder_equals_transformers_past_the_original_context(
+    tiny: Callable[[str], Path], family: str
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    student = Student(tiny(family))
+    ids = torch.randint(0, 512, (2, 200), generator=torch.Generator().manual_seed(1))
+    model = AutoModelForCausalLM.from_pretrained(student.path, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        expected = model(ids).logits
+        logits = DecoderForward(student).logits(ids)
+    assert expected.std() > 1.0
+    torch.testing.assert_close(logits, expected, atol=2e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILY_CONFIGS)
+def test_facts_name_every_tensor_of_a_checkpoint(tiny: Callable[[str], Path], family: str) -> None:
+    student = Student(tiny(family))
+    shapes = student.facts.tensor_shapes()
+    assert shapes == {name: student.shape(name) for name in shapes}
+    assert set(shapes) == set(student.names())
+
+
+def test_rope_of_transformers_4_and_5_is_the_same_fact(tiny: Callable[[str], Path]) -> None:
+    config = Student(tiny("llama3")).config
+    parameters = dict(config["rope_parameters"])
+    older = {k: v for k, v in config.items() if k != "rope_parameters"}
+    older |= {"rope_theta": parameters.pop("rope_theta"), "rope_scaling": parameters}
+    new, old = (DecoderFacts.from_config(c).rope.inverse_frequencies(32) for c in (config, older))
+    assert (new == old).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"model_type": "mamba"}, "mamba"),
+        ({"hidden_act": "relu"}, "relu"),
+        ({"sliding_window": 128}, "sliding_window 128"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "yarn"),
+        ({"num_hidden_layers": None}, "wrong kind"),
+    ],
+)
+def test_what_the_facts_do_not_cover_is_refused_by_name(
+    tiny: Callable[[str], Path], change: dict[str, Any], named: str
+) -> None:
+    config = Student(tiny("llama")).config | change
+    with pytest.raises(InputError, match=named):
+        DecoderFacts.from_config(config)
+
+
+def test_a_missing_key_is_named(tiny: Callable[[str], Path]) -> None:
+    config = dict(Student(tiny("llama")).config)
+    del config["rms_norm_eps"]
+    with pytest.raises(InputError, match="rms_norm_eps"):
+        DecoderFacts.from_config(config)
