@@ -10,16 +10,20 @@ Verdict = Literal["pass", "fail", "underpowered", "unjudged", "not measured"]
 
 
 class Document(BaseModel):
-    """Base of all results: frozen, no unknown fields."""
+    """Base of all results: frozen, no unknown fields.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    A number that is not finite (the KL of a broken artifact) is the string "NaN" or "Infinity" in
+    JSON, which has no other word for it, and is read back as a number.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
 
 class TextDivergence(Document):
     """How far an artifact's next-token distributions lie from a float32 judge, on one text.
 
-    KL is KL(judge || artifact) in nats per token; ``top1`` the share of positions with the same
-    most probable token.
+    KL is KL(judge || artifact) in nats per token; ``top1`` the share of positions at which the
+    artifact's most probable token is the judge's, or within 0.01 nats of it (a tie).
     """
 
     text: str
@@ -143,7 +147,10 @@ class Evaluation(Document):
 
 
 class Timing(Document):
-    """Raw times of one kind, and their percentiles."""
+    """Raw values of one kind (times in milliseconds, or rates a second), and their percentiles.
+
+    p95 is the slow tail of both: 95% of the requests were at least that fast.
+    """
 
     p50: float
     p95: float
@@ -195,6 +202,7 @@ class ArtifactReport(Document):
         size_bytes: of the files that ship; ``bits_per_weight`` of weight data / parameters.
         shippable: verified, floor met, budget met.
         why_not: one sentence when not shippable.
+        lineage: labels of the steps that made it, from the student to the export.
     """
 
     rung: str
@@ -211,6 +219,7 @@ class ArtifactReport(Document):
     budget: list[BudgetCheck]
     shippable: bool
     why_not: str | None
+    lineage: list[str] = []
 
 
 class StepReport(Document):
@@ -234,7 +243,11 @@ class Judgement(Document):
 
 
 class BuildReport(Document):
-    """A whole build: the contents of ``exports/<recipe>/report.json``."""
+    """A whole build: the contents of ``exports/<recipe>/report.json``.
+
+    Attributes:
+        peak_ram_limit_bytes: what the recipe allows any step to hold; None when it says nothing.
+    """
 
     schema_version: Literal[1] = 1
     recipe: str
@@ -251,6 +264,7 @@ class BuildReport(Document):
     steps: list[StepReport]
     machine: dict[str, str]
     exit_code: int
+    peak_ram_limit_bytes: int | None = None
 
     @property
     def peak_rss_bytes(self) -> int:

@@ -110,7 +110,7 @@ def write_student(directory: Path, family: str = "llama", seed: int = 0, **chang
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5)
             elif parameter.ndim == 2:
-                parameter.normal_(0.0, 0.35 if "embed" in name or "lm_head" in name else 0.18)
+                parameter.normal_(0.0, 0.35 if "embed" in name or "lm_head" in name else 0.12)
             else:
                 parameter.normal_(0.0, 0.3)
     model.save_pretrained(directory)

@@ -11,6 +11,9 @@ from edgedistill.results import TextDivergence
 
 Doubles = npt.NDArray[np.float64]
 
+# Two tokens that the judge holds this near to each other are a tie, which any rounding decides.
+TIE_NATS = 0.01
+
 
 def log_softmax(logits: npt.NDArray[np.float32]) -> Doubles:
     """float32 [..., vocab] -> float64 log-probabilities."""
@@ -40,7 +43,8 @@ class Divergence:
     def add(self, judge: npt.NDArray[np.float32], artifact: Doubles) -> None:
         """Take in a chunk: log-probabilities [n, vocab] of both."""
         self.kl.append(kl_divergence(judge, artifact))
-        self.same_top.append(judge.argmax(axis=-1) == artifact.argmax(axis=-1))
+        chosen = np.take_along_axis(judge, artifact.argmax(axis=-1)[:, None], axis=-1)[:, 0]
+        self.same_top.append(chosen >= judge.max(axis=-1) - TIE_NATS)
 
     def summary(self) -> TextDivergence:
         """Mean, 99th percentile, maximum and its position, and top-1 agreement."""
