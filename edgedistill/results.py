@@ -116,14 +116,17 @@ class SliceQuality(Document):
 class FloorCheck(Document):
     """One clause of the floor, judged by its interval.
 
-    ``value`` is the measured figure; ``cases_needed`` is set when the suite cannot decide.
+    Attributes:
+        value: the measured figure; it and ``interval`` are None where no case of the slice was
+            scored (verdict ``not measured``, possible in a sample only).
+        cases_needed: how many more cases of the slice would decide, where the scored ones cannot.
     """
 
     clause: str
     slice: str
     limit: float
-    value: float
-    interval: Interval
+    value: float | None
+    interval: Interval | None
     verdict: Verdict
     cases_needed: int | None = None
 
@@ -163,6 +166,8 @@ class Bench(Document):
     Keys of the tables are prompt lengths in tokens.
 
     Attributes:
+        ttft_user_ms: from text to visible text; empty when the model showed none.
+        ttft_cold_ms: the same after the shortest prompt, with the load of the artifact.
         decode_roofline_share: p50 decode rate / (memory bandwidth / bytes read per token).
         cpu_share: CPU time / (wall time x threads) of the measured runs; low on a busy machine.
         accepted: False on a busy machine or with a spread that is too wide; ``reason`` says why.
@@ -172,7 +177,7 @@ class Bench(Document):
     runtime: str
     threads: int
     ttft_model_ms: dict[int, Timing]
-    ttft_user_ms: Timing | None
+    ttft_user_ms: dict[int, Timing]
     ttft_cold_ms: Timing | None
     prefill_tok_per_s: dict[int, Timing]
     decode_tok_per_s: dict[int, Timing]

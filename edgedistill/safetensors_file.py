@@ -8,6 +8,7 @@ eagerly; it checks every offset before it believes one.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,7 @@ def _check_entry(path: Path, name: str, entry: Any, base: int, file_bytes: int) 
             where=str(path),
             hint=f"convert the checkpoint to one of {', '.join(STORED_DTYPES)}",
         )
-    size = int(np.prod(shape, dtype=np.int64)) * np.dtype(STORED_DTYPES[dtype]).itemsize
+    size = math.prod(shape) * np.dtype(STORED_DTYPES[dtype]).itemsize
     if begin < 0 or any(n < 0 for n in shape) or end - begin != size:
         raise _damaged(path, f"{name} of shape {shape} has {end - begin} bytes, not {size}")
     if base + end > file_bytes:

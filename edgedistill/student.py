@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from edgedistill.decoder import DecoderFacts
 from edgedistill.errors import InputError
-from edgedistill.quantized import Grid, QTensor, pack_codes, unpack_codes
+from edgedistill.quantized import FIXED_ZERO, Grid, QTensor, pack_codes, unpack_codes
 from edgedistill.safetensors_file import SafetensorsFile, StoredTensor
 
 GRIDS_FILE = "grids.json"
@@ -46,8 +46,7 @@ class Student:
         self.path = path
         self.config: dict[str, Any] = read_json(path / "config.json")
         self._files = {name: file for file in _open_weights(path) for name in file.tensors}
-        grids = read_json(path / GRIDS_FILE) if (path / GRIDS_FILE).exists() else {}
-        self.grids: dict[str, Grid] = {name: Grid(**fields) for name, fields in grids.items()}
+        self.grids: dict[str, Grid] = _read_grids(path / GRIDS_FILE)
 
     @property
     def facts(self) -> DecoderFacts:
@@ -112,18 +111,25 @@ class StudentWriter:
 
     Args:
         dst: an empty directory.
-        like: the student whose config and tokenizer files are carried over.
-        config: replaces that config, when the shape changes.
+        like: the student whose config and tokenizer files are carried over, if there is one.
+        config: replaces that config, when the shape changes; required without ``like``.
     """
 
-    def __init__(self, dst: Path, like: Student, config: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, dst: Path, like: Student | None = None, config: dict[str, Any] | None = None
+    ) -> None:
+        if config is None:
+            if like is None:
+                raise ValueError("a new student needs a config, or a student to be like")
+            config = like.config
         self._dst = dst
-        self._config = like.config if config is None else config
+        self._config = config
         self._grids: dict[str, Grid] = {}
         self._shard: dict[str, npt.NDArray[Any]] = {}
         self._shards: list[list[str]] = []
         self._total_bytes = 0
-        copy_side_files(like.path, dst)
+        if like is not None:
+            copy_side_files(like.path, dst)
 
     def write(self, name: str, value: npt.NDArray[Any] | QTensor) -> None:
         """Add a tensor: a float array is stored in its dtype, a QTensor packed."""
@@ -218,6 +224,19 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON with stable bytes."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _read_grids(path: Path) -> dict[str, Grid]:
+    stated = read_json(path) if path.exists() else {}
+    grids = {}
+    for name, fields in stated.items():
+        try:
+            grids[name] = Grid(**fields)
+        except TypeError as error:
+            raise InputError(f"{name} has no whole grid: {fields}", where=str(path)) from error
+        if grids[name].bits not in FIXED_ZERO or grids[name].zero not in ("fixed", "integer"):
+            raise InputError(f"{name} has an unknown grid: {fields}", where=str(path))
+    return grids
 
 
 def _open_weights(path: Path) -> list[SafetensorsFile]:

@@ -1,0 +1,140 @@
+"""``edgedistill build``: from a recipe to published artifacts and a report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import edgedistill
+from edgedistill.assemble import Assembled, assemble
+from edgedistill.cache import Cache
+from edgedistill.decoder import DecoderFacts
+from edgedistill.disk import disk_error
+from edgedistill.manifest import make_manifest
+from edgedistill.pipeline import Pipeline, Say, say
+from edgedistill.plan import BuildSteps, plan_build
+from edgedistill.publish import NEW, exports_lock, publish_artifact, replace_files
+from edgedistill.recipe import Recipe
+from edgedistill.recipe_load import load_recipe
+from edgedistill.results import BuildReport, StepReport
+
+
+@dataclass(frozen=True)
+class Options:
+    """Where things are and what to run; nothing here changes a byte of what is built."""
+
+    recipe: Path
+    cache: Path
+    exports: Path = Path("exports")
+    student: str | None = None
+    only: tuple[str, ...] = ()
+    rebench: bool = False
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A recipe with its student and its steps."""
+
+    recipe: Recipe
+    facts: DecoderFacts
+    steps: BuildSteps
+
+
+def prepare(options: Options) -> Prepared:
+    """Load and check the recipe, find the student, plan the steps; no work is done.
+
+    Raises:
+        RecipeError: with every mistake in the recipe.
+        UsageError: ``only`` names something that the recipe lacks.
+        UnavailableError: the student lies on a hub that cannot be reached.
+    """
+    from edgedistill.bench.machine import fingerprint
+
+    loaded = load_recipe(options.recipe, options.student)
+    student, facts = loaded.fetched()
+    steps = plan_build(
+        loaded.recipe, student, options.only, machine=fingerprint(), rebench=options.rebench
+    )
+    return Prepared(loaded.recipe, facts, steps)
+
+
+def build(options: Options, tell: Say = say) -> tuple[BuildReport, Path]:
+    """Run what the cache lacks, publish the artifacts, write the report.
+
+    Returns:
+        The report, whose ``exit_code`` is the command's, and the path of the HTML page.
+
+    Raises:
+        EdgedistillError: as :func:`prepare`; or publishing failed.  A step that fails is in the
+            report instead.
+    """
+    started, clock = datetime.now(UTC), time.monotonic()
+    prepared = prepare(options)
+    pipeline = Pipeline(Cache(options.cache), tell)
+    step_reports = pipeline.run(prepared.steps.ordered())
+    _warn_of_memory(prepared.recipe, step_reports, tell)
+    assembled = assemble(prepared.recipe, prepared.steps, pipeline)
+    report = BuildReport(
+        recipe=prepared.recipe.name,
+        edgedistill=edgedistill.__version__,
+        started=started.isoformat(timespec="seconds"),
+        seconds=time.monotonic() - clock,
+        license=prepared.recipe.license,
+        student=student_name(prepared.recipe.student),
+        context_tokens=prepared.recipe.context_tokens,
+        parameters=prepared.facts.parameters,
+        reference=assembled.reference,
+        artifacts=[a.report for a in assembled.artifacts],
+        judgements=assembled.judgements,
+        steps=step_reports,
+        machine=_machine(),
+        exit_code=assembled.exit_code,
+    )
+    return report, _publish(prepared.recipe, assembled, report, options.exports)
+
+
+def student_name(source: str) -> str:
+    """What people call the student: without the directories of one machine."""
+    return source if "://" in source else Path(source).name
+
+
+def _publish(recipe: Recipe, assembled: Assembled, report: BuildReport, exports: Path) -> Path:
+    from edgedistill.report.build import write_reports
+
+    directory = exports / recipe.name
+    with exports_lock(directory):
+        for artifact in assembled.artifacts:
+            manifest = make_manifest(
+                recipe,
+                report.student,
+                artifact.report,
+                artifact.steps.export,
+                artifact.record,
+            )
+            publish_artifact(artifact.files, manifest, exports / artifact.report.path)
+        aside = directory / f"{NEW}report"
+        try:
+            aside.mkdir(exist_ok=True)
+            write_reports(report, aside)
+            replace_files(aside, directory)
+            aside.rmdir()
+        except OSError as error:
+            raise disk_error(error, directory) from error
+    return directory / "report.html"
+
+
+def _warn_of_memory(recipe: Recipe, steps: Sequence[StepReport], tell: Say) -> None:
+    limit_gb = recipe.build.peak_ram_gb
+    for step in steps:
+        if limit_gb is not None and step.peak_rss_bytes > limit_gb * 1e9:
+            peak_gb = step.peak_rss_bytes / 1e9
+            tell(f"warning: {step.label} held {peak_gb:.1f} GB, the recipe allows {limit_gb:g} GB")
+
+
+def _machine() -> dict[str, str]:
+    from edgedistill.bench.machine import describe_machine
+
+    return describe_machine()

@@ -1,0 +1,211 @@
+"""The command line: arguments to one function to an exit code.
+
+stdout is data, stderr is talk.  Whatever costs time to import is imported inside the commands.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from edgedistill import __version__
+from edgedistill.errors import EdgedistillError, ExitCode, RecipeError
+
+if TYPE_CHECKING:
+    from edgedistill.build import Options
+
+app = typer.Typer(
+    name="edgedistill",
+    help="Turn a distilled student language model into files that run on devices, and prove it.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+RecipePath = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", metavar="RECIPE")]
+StudentOption = Annotated[
+    str | None, typer.Option("--student", help="Start from this student instead.", metavar="DIR")
+]
+ExportsOption = Annotated[
+    Path, typer.Option("--exports", help="Where artifacts and report go.", metavar="DIR")
+]
+CacheOption = Annotated[
+    Path | None,
+    typer.Option("--cache", help="Default: $XDG_CACHE_HOME/edgedistill.", metavar="DIR"),
+]
+OnlyOption = Annotated[
+    list[str] | None,
+    typer.Option("--only", help="Only this part; may be repeated.", metavar="RUNG[/FORMAT]"),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+
+
+def main() -> None:
+    """Run the command line."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    app()
+
+
+@app.callback(invoke_without_command=True)
+def top(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Options of the program itself."""
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def build(
+    recipe: RecipePath,
+    student: StudentOption = None,
+    exports: ExportsOption = Path("exports"),
+    cache: CacheOption = None,
+    only: OnlyOption = None,
+    rebench: Annotated[bool, typer.Option("--rebench", help="Measure speed again.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Build every artifact of a recipe, verify, judge and time it, and report."""
+
+    def run() -> int:
+        from edgedistill.build import build as build_recipe
+
+        options = _options(recipe, student, cache, only, exports=exports, rebench=rebench)
+        report, page = build_recipe(options)
+        if as_json:
+            typer.echo(report.model_dump_json(indent=2))
+        else:
+            from rich.console import Console
+
+            from edgedistill.report.table import render_table
+
+            Console().print(render_table(report, page))
+        return report.exit_code
+
+    _run(run)
+
+
+@app.command()
+def plan(
+    recipe: RecipePath,
+    student: StudentOption = None,
+    cache: CacheOption = None,
+    only: OnlyOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a build would run, and about what it would cost; run nothing."""
+
+    def run() -> int:
+        from edgedistill.preview import describe, preview
+
+        found = preview(_options(recipe, student, cache, only))
+        typer.echo(found.model_dump_json(indent=2) if as_json else "\n".join(describe(found)))
+        return ExitCode.OK
+
+    _run(run)
+
+
+@app.command()
+def check(recipe: RecipePath, student: StudentOption = None) -> None:
+    """Check a recipe and everything that it names; say all that is wrong at once."""
+
+    def run() -> int:
+        from edgedistill.recipe_load import load_recipe
+
+        loaded = load_recipe(recipe, student)
+        typer.echo(f"{recipe}: {loaded.recipe.name} is in order", err=True)
+        return ExitCode.OK
+
+    _run(run)
+
+
+@app.command()
+def dequantize(
+    source: Annotated[Path, typer.Argument(help="A student directory.", metavar="SRC")],
+    destination: Annotated[Path, typer.Argument(help="A new directory.", metavar="DST")],
+) -> None:
+    """Write a float32 copy of a quantized student, which opens in transformers."""
+
+    def run() -> int:
+        from edgedistill.intake import dequantize as dequantize_student
+
+        dequantize_student(source, destination)
+        return ExitCode.OK
+
+    _run(run)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of recipes, for editors."""
+
+    def run() -> int:
+        import json
+
+        from edgedistill.recipe import json_schema
+
+        typer.echo(json.dumps(json_schema(), indent=2))
+        return ExitCode.OK
+
+    _run(run)
+
+
+def _options(
+    recipe: Path,
+    student: str | None,
+    cache: Path | None,
+    only: list[str] | None,
+    *,
+    exports: Path = Path("exports"),
+    rebench: bool = False,
+) -> Options:
+    from edgedistill.build import Options
+
+    return Options(
+        recipe=recipe,
+        cache=(cache or default_cache()).absolute(),
+        exports=exports.absolute(),
+        student=student,
+        only=tuple(only or ()),
+        rebench=rebench,
+    )
+
+
+def default_cache() -> Path:
+    """``$XDG_CACHE_HOME/edgedistill``, which is ``~/.cache/edgedistill`` for most."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "edgedistill"
+
+
+def _run(command: Callable[[], int]) -> None:
+    """Carry out a command; errors become one message on stderr and an exit code."""
+    try:
+        code = command()
+    except RecipeError as error:
+        _say(f"error: {error.message}")
+        code = error.exit_code
+    except EdgedistillError as error:
+        _say(f"error: {error}")
+        code = error.exit_code
+    except KeyboardInterrupt:
+        _say("interrupted; finished steps are kept, the same command goes on from there")
+        code = ExitCode.INTERRUPTED
+    raise typer.Exit(int(code))
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(text + "\n")
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    """Treat a request to end as Ctrl-C: children are ended, nothing is left half-written."""
+    raise KeyboardInterrupt

@@ -1,0 +1,81 @@
+"""What a build will cost, by arithmetic: bytes of artifacts, peak memory, minutes of evaluation.
+
+Sizes are exact up to headers and tokenizer; memory and time are orders of magnitude, from runs on
+two cores of an AMD EPYC with AVX2, and grow with the number of parameters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from edgedistill.decoder import DecoderFacts
+from edgedistill.quantized import Grid
+from edgedistill.recipe import StageStep
+
+# A process with numpy, and one with torch and transformers, before they hold a tensor.
+BASE_BYTES = 120_000_000
+TORCH_BASE_BYTES = 450_000_000
+# One case of about 40 new tokens, for each billion parameters, on two threads.
+SECONDS_PER_CASE = {"gguf": 0.35, "onnx": 0.6, "coreml": 8.0}
+REFERENCE_SECONDS_PER_CASE = 0.5
+OTHER_SECONDS_PER_CASE = 1.0
+
+
+def has_grids(stages: Sequence[StageStep], facts: DecoderFacts) -> bool:
+    """Whether any of the stages quantizes."""
+    return any(step.config.grids(facts) for step in stages)
+
+
+def artifact_bytes(facts: DecoderFacts, stages: Sequence[StageStep], format_name: str) -> int:
+    """Bytes of the weights of a rung in a format.
+
+    The first grid of a stage is taken for its embedding, the last for its other matrices: the
+    order of :meth:`DecoderFacts.matrices`.
+    """
+    grids = [grid for step in stages for grid in step.config.grids(facts)]
+    total = 0.0
+    for name, shape in facts.tensor_shapes().items():
+        grid = _grid_of(name, facts, grids) if len(shape) == 2 else None
+        total += math.prod(shape) * _bits(grid, len(shape) == 2, format_name) / 8
+    return int(total)
+
+
+def _grid_of(name: str, facts: DecoderFacts, grids: list[Grid]) -> Grid | None:
+    if not grids:
+        return None
+    return grids[0] if name in (facts.embedding, facts.head) else grids[-1]
+
+
+def _bits(grid: Grid | None, matrix: bool, format_name: str) -> float:
+    """Stored bits of a weight; formats differ in the width of scales and of float weights."""
+    if grid is None:
+        return 16 if matrix and format_name != "onnx" else 32
+    if format_name == "onnx":  # scales are float32 there
+        return grid.bits_per_weight + 16 / grid.group_size
+    return grid.bits_per_weight
+
+
+def judge_peak_bytes(facts: DecoderFacts) -> int:
+    """Peak memory where ``transformers`` holds the whole student in float32."""
+    return TORCH_BASE_BYTES + 4 * facts.parameters
+
+
+def tensor_peak_bytes(facts: DecoderFacts) -> int:
+    """Peak memory of a step that goes tensor by tensor: a few copies of the largest, a shard."""
+    largest = max(math.prod(shape) for shape in facts.tensor_shapes().values())
+    return BASE_BYTES + 4 * 4 * largest + 256 * 1024 * 1024
+
+
+def runtime_peak_bytes(weight_bytes: int) -> int:
+    """Peak memory of a process that runs an artifact."""
+    return TORCH_BASE_BYTES + 2 * weight_bytes
+
+
+def scoring_seconds(facts: DecoderFacts, cases: int, format_name: str | None) -> float:
+    """Time to score ``cases`` with an artifact, or with the reference (``format_name`` None)."""
+    if format_name is None:
+        per_case = REFERENCE_SECONDS_PER_CASE
+    else:
+        per_case = SECONDS_PER_CASE.get(format_name, OTHER_SECONDS_PER_CASE)
+    return cases * per_case * facts.parameters / 1e9

@@ -1,0 +1,157 @@
+"""Score every choice of every case: by the reference, ``transformers`` in float32, in batches.
+
+What all prompts begin with is computed once.  Prompts of the same length form a batch, so there is
+no padding to get wrong; the head runs on the last position alone.  The tokens of longer choices
+follow from the batch's own cache.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgedistill.chat import Chat
+from edgedistill.evaluate.prompts import Prompt, common_prefix, render_prompts
+from edgedistill.evaluate.score import LogProbs, check_finite, log_softmax, write_scores
+from edgedistill.evaluate.suite import load_suite
+from edgedistill.progress import progress_bar
+from edgedistill.runtimes.torch_reference import load_model, new_cache
+
+if TYPE_CHECKING:
+    import torch
+
+BATCH_TOKENS = 3072  # with the shared beginning: bounds the cache's memory
+BATCH_ROWS = 64
+
+
+def score_reference(
+    student: Path,
+    suite: Sequence[Path],
+    dst: Path,
+    *,
+    chat: Chat,
+    threads: int,
+    context_tokens: int,
+) -> None:
+    """Score the whole suite with a student in float32; writes what ``score_artifact`` writes.
+
+    Args:
+        student: float or quantized (then dequantized to a temporary copy).
+        suite: JSONL files.
+        dst: an empty directory.
+        chat: the fixed part of the conversation.
+        threads: of torch.
+        context_tokens: what a case must fit into.
+
+    Raises:
+        InputError: a damaged suite or student; a case that does not fit the context.
+        UnavailableError: torch is not installed.
+        StageError: the logits are not finite.
+    """
+    cases = load_suite(suite)
+    prompts = render_prompts(student, cases, chat, context_tokens=context_tokens)
+    started = time.monotonic()
+    scores = score_batched(load_model(student, threads=threads), prompts)
+    write_scores(dst, cases, scores, seconds=time.monotonic() - started)
+
+
+def score_batched(model: Any, prompts: Sequence[Prompt]) -> dict[str, LogProbs]:
+    """Case id -> float64 [choices], summed log-probabilities in nats."""
+    scores: dict[str, LogProbs] = {}
+    beginning = _compute_beginning(model, prompts)
+    with progress_bar(len(prompts), "scoring the reference") as bar:
+        for batch in equal_length_batches(prompts):
+            for prompt, values in zip(batch, _score_batch(model, beginning, batch), strict=True):
+                check_finite(prompt.id, values)
+                scores[prompt.id] = values
+            bar.advance(len(batch))
+    return scores
+
+
+def equal_length_batches(prompts: Sequence[Prompt]) -> Iterator[list[Prompt]]:
+    """Batches of prompts of one length, of at most ``BATCH_ROWS`` and about ``BATCH_TOKENS``."""
+    ordered = sorted(prompts, key=lambda prompt: (len(prompt.ids), prompt.ids))
+    for length, group in groupby(ordered, key=lambda prompt: len(prompt.ids)):
+        same = list(group)
+        rows = max(1, min(BATCH_ROWS, BATCH_TOKENS // length))
+        for start in range(0, len(same), rows):
+            yield same[start : start + rows]
+
+
+def _compute_beginning(model: Any, prompts: Sequence[Prompt]) -> Any:
+    """A cache of one row with the ids that all prompts begin with; empty where they share none."""
+    import torch
+
+    cache = new_cache()
+    first = min(prompts, key=lambda prompt: prompt.ids).ids
+    last = max(prompts, key=lambda prompt: prompt.ids).ids
+    shortest = min(len(prompt.ids) for prompt in prompts)
+    # What the first and the last of a sorted list share, all share; one token has to be left.
+    shared = min(common_prefix(first, last), shortest - 1)
+    if shared:
+        with torch.inference_mode():
+            ids = torch.tensor([first[:shared]])
+            model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return cache
+
+
+def _score_batch(model: Any, beginning: Any, batch: Sequence[Prompt]) -> list[LogProbs]:
+    import torch
+
+    with torch.inference_mode():
+        cache = _select(beginning, torch.zeros(len(batch), dtype=torch.long))
+        shared = cache.get_seq_length()
+        ids = torch.tensor([prompt.ids[shared:] for prompt in batch])
+        output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        first = log_softmax(output.logits[:, 0].numpy())
+        scores = [
+            np.array([row[choice[0]] for choice in prompt.choices])
+            for row, prompt in zip(first, batch, strict=True)
+        ]
+        if any(len(choice) > 1 for prompt in batch for choice in prompt.choices):
+            _add_later_tokens(model, cache, batch, scores)
+    return scores
+
+
+def _add_later_tokens(
+    model: Any, cache: Any, batch: Sequence[Prompt], scores: list[LogProbs]
+) -> None:
+    """Add the log-probabilities of the second and later tokens of the choices.
+
+    Each (prompt, choice) is a row that continues from its prompt's cache.  Choices are padded on
+    the right, where a causal model does not look.
+    """
+    import torch
+
+    rows = [
+        (i, j)
+        for i, prompt in enumerate(batch)
+        for j, choice in enumerate(prompt.choices)
+        if len(choice) > 1
+    ]
+    for start in range(0, len(rows), BATCH_ROWS):
+        part = rows[start : start + BATCH_ROWS]
+        choices = [batch[i].choices[j] for i, j in part]
+        width = max(len(choice) for choice in choices) - 1
+        ids = torch.zeros((len(part), width), dtype=torch.long)
+        for row, choice in enumerate(choices):
+            ids[row, : len(choice) - 1] = torch.tensor(choice[:-1])
+        cached = _select(cache, torch.tensor([i for i, _ in part]))
+        logits = model(input_ids=ids, past_key_values=cached, use_cache=True).logits
+        for row, (i, j) in enumerate(part):
+            following = choices[row][1:]
+            probabilities = log_softmax(logits[row, : len(following)].numpy())
+            scores[i][j] += probabilities[np.arange(len(following)), following].sum()
+
+
+def _select(cache: Any, rows: torch.Tensor) -> Any:
+    """A new cache that holds the given rows of another, in that order, repeats included."""
+    selected = new_cache()
+    for index, layer in enumerate(cache.layers):
+        selected.update(layer.keys[rows], layer.values[rows], index)
+    return selected

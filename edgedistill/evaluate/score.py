@@ -1,0 +1,171 @@
+"""Score every choice of every case: by an artifact in its runtime.
+
+A choice's score is the sum of the log-probabilities (nats) of its tokens after the prompt; there
+is no division by length.  Consecutive prompts share what they have in common through
+:meth:`Session.rewind`, so a system prompt is computed once.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from edgedistill.chat import Chat
+from edgedistill.errors import InputError, StageError
+from edgedistill.evaluate.prompts import Prompt, common_prefix, render_prompts
+from edgedistill.evaluate.suite import Case, load_suite, sample_cases
+from edgedistill.plugins import load_plugin
+from edgedistill.progress import track
+from edgedistill.session import Logits, Session
+from edgedistill.student import read_json, write_json
+
+SCORES_FILE = "scores.jsonl"
+TIMING_FILE = "timing.json"
+DECIMALS = 6  # of a log-probability: float32 logits carry no more
+
+LogProbs = npt.NDArray[np.float64]
+
+
+def score_artifact(
+    artifact: Path,
+    runtime: str,
+    student: Path,
+    suite: Sequence[Path],
+    dst: Path,
+    *,
+    sample: int | None,
+    chat: Chat,
+    threads: int,
+    context_tokens: int,
+) -> None:
+    """Score the suite, or a paired sample of it, with an artifact.
+
+    Writes ``dst/scores.jsonl``, a line ``{"id": ..., "log_probs": [...]}`` a case in suite order
+    (nats, one a choice), and ``dst/timing.json``.
+
+    Args:
+        artifact: a directory that the runtime opens.
+        runtime: file name of the runtime, without ``.py``.
+        student: its tokenizer and chat template make the prompts, the same for every artifact.
+        suite: JSONL files.
+        dst: an empty directory.
+        sample: number of cases of a deterministic stratified sample; None scores all.
+        chat: the fixed part of the conversation.
+        threads: of the runtime.
+        context_tokens: what the artifact claims.
+
+    Raises:
+        InputError: a damaged suite, artifact or student; a case that does not fit the context.
+        UsageError: there is no such runtime.
+        UnavailableError: it is not installed.
+        StageError: the artifact's logits are not finite.
+    """
+    cases = sample_cases(load_suite(suite), sample)
+    prompts = render_prompts(student, cases, chat, context_tokens=context_tokens)
+    program = load_plugin("runtimes", runtime)()
+    started = time.monotonic()
+    with program.open(artifact, context_tokens=context_tokens, threads=threads) as session:
+        scores = score_prompts(session, prompts)
+    write_scores(dst, cases, scores, seconds=time.monotonic() - started)
+
+
+def score_prompts(session: Session, prompts: Sequence[Prompt]) -> dict[str, LogProbs]:
+    """Case id -> float64 [choices], summed log-probabilities in nats."""
+    scores: dict[str, LogProbs] = {}
+    cached: tuple[int, ...] = ()
+    session.reset()
+    # Sorted ids put prompts with the longest common beginnings next to each other.
+    ordered = sorted(prompts, key=lambda prompt: prompt.ids)
+    for prompt in track(ordered, total=len(ordered), label="scoring"):
+        # The last prompt token is always computed: its logits are the choices' first.
+        keep = min(common_prefix(cached, prompt.ids), len(prompt.ids) - 1)
+        session.rewind(keep)
+        logits = session.prefill(prompt.ids[keep:])
+        cached = prompt.ids
+        scores[prompt.id] = _score_choices(session, prompt, logits)
+        check_finite(prompt.id, scores[prompt.id])
+    return scores
+
+
+def _score_choices(session: Session, prompt: Prompt, logits: Logits) -> LogProbs:
+    """float64 [choices], given the logits after the prompt, which the session's cache ends with."""
+    first = log_softmax(logits)
+    scores = np.array([first[choice[0]] for choice in prompt.choices])
+    for i, choice in enumerate(prompt.choices):
+        if len(choice) == 1:
+            continue
+        session.rewind(len(prompt.ids))
+        position = 1
+        for chunk in session.stream_logits(choice[:-1]):
+            for row in chunk:
+                scores[i] += log_softmax(row)[choice[position]]
+                position += 1
+    return scores
+
+
+def log_softmax(logits: npt.NDArray[np.floating]) -> LogProbs:
+    """Log-probabilities over the last axis, in float64."""
+    wide = logits.astype(np.float64)
+    with np.errstate(invalid="ignore"):  # infinite logits are reported by their case, as an error
+        wide -= wide.max(axis=-1, keepdims=True)
+        normalized: LogProbs = wide - np.log(np.exp(wide).sum(axis=-1, keepdims=True))
+    return normalized
+
+
+def check_finite(case_id: str, scores: LogProbs) -> None:
+    """Refuse log-probabilities that no verdict can be drawn from.
+
+    Raises:
+        StageError: one is infinite or not a number.
+    """
+    if not np.isfinite(scores).all():
+        raise StageError(
+            f"the log-probabilities of case {case_id} are not finite: {scores.tolist()}",
+            hint="the artifact overflows or is damaged; verify shows where it departs",
+        )
+
+
+def write_scores(
+    dst: Path, cases: Sequence[Case], scores: Mapping[str, LogProbs], *, seconds: float
+) -> None:
+    """Write ``scores.jsonl`` in the order of ``cases``, and how long scoring took."""
+    with (dst / SCORES_FILE).open("w", encoding="utf-8") as file:
+        for case in cases:
+            values = [round(float(value), DECIMALS) for value in scores[case.id]]
+            file.write(json.dumps({"id": case.id, "log_probs": values}) + "\n")
+    write_json(dst / TIMING_FILE, {"seconds": round(seconds, 3), "cases": len(cases)})
+
+
+def read_scores(directory: Path) -> dict[str, LogProbs]:
+    """Case id -> float64 [choices], as :func:`write_scores` left them.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
+    path = directory / SCORES_FILE
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise InputError(f"no scores: {error.strerror}", where=str(path)) from error
+    scores: dict[str, LogProbs] = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            entry = json.loads(line)
+            values = np.array([float(value) for value in entry["log_probs"]])
+            case_id = str(entry["id"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError("is not a line of scores", where=f"{path}:{number}") from error
+        if case_id in scores or not np.isfinite(values).all():
+            raise InputError(f"case {case_id} is repeated or not finite", where=f"{path}:{number}")
+        scores[case_id] = values
+    return scores
+
+
+def read_seconds(directory: Path) -> float:
+    """How long the scoring took, in seconds."""
+    return float(read_json(directory / TIMING_FILE)["seconds"])

@@ -1,0 +1,127 @@
+"""Core ML: a stateful ``model.mlpackage`` for iOS 18 and macOS 15."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import shutil
+import uuid
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, ClassVar
+
+import edgedistill
+from edgedistill.errors import InputError
+from edgedistill.exporter import Exporter
+from edgedistill.quantized import Grid
+from edgedistill.student import Student, copy_side_files, write_json
+
+PACKAGE = "model.mlpackage"
+MODEL_FILE = "com.apple.CoreML/model.mlmodel"
+WEIGHTS_FOLDER = "com.apple.CoreML/weights"
+WEIGHTS_FILE = f"{WEIGHTS_FOLDER}/weight.bin"
+NAMESPACE = uuid.UUID("6d4c2a8e-0f0b-5c55-9f0e-4f6a1f2b7c11")
+
+
+class Coreml(Exporter):
+    """Builds the program op by op (nothing is traced) and keeps its constants as they are written.
+
+    The convention of inputs, states and output stands in :mod:`edgedistill.coreml_program`.
+    """
+
+    extra: ClassVar[str] = "coreml"
+    runtime: ClassVar[str] = "core_ml"
+
+    def holds(self, grid: Grid) -> bool:
+        """Every grid of 2, 4 and 8 bits, with fixed and with integer zeros."""
+        return grid.bits in (2, 4, 8)
+
+    def export(self, student: Student, dst: Path, *, context_tokens: int) -> None:
+        """Write ``model.mlpackage`` with tokenizer, chat template and configs beside it.
+
+        Raises:
+            InputError: a weight does not fit into float16, or the context is longer than the
+                student's.
+            UnavailableError: coremltools is not installed.
+        """
+        longest = student.facts.max_context_tokens
+        if not 1 <= context_tokens <= longest:
+            raise InputError(
+                f"context_tokens is {context_tokens}, the student knows 1 to {longest}",
+                where=str(student.path),
+            )
+        model = _convert(student, context_tokens)
+        spec = model.get_spec()
+        _describe(spec, student, context_tokens)
+        _write_package(spec, Path(model.weights_dir), dst / PACKAGE)
+        copy_side_files(student.path, dst)
+        write_json(dst / "config.json", student.config)
+
+    def weight_bytes(self, artifact: Path) -> int:
+        """Bytes of all constants in the weight file, its headers and padding left out."""
+        from edgedistill.mil_weight_file import WeightFile
+
+        return WeightFile(artifact / PACKAGE / "Data" / WEIGHTS_FILE).data_bytes
+
+
+def _convert(student: Student, context_tokens: int) -> Any:
+    from edgedistill.coreml_program import build_program
+    from edgedistill.quiet_coremltools import import_coremltools
+
+    ct = import_coremltools()
+    program, inputs = build_program(student, context_tokens)
+    # Its progress bars would tear ours; errors are raised, not printed.
+    with contextlib.redirect_stderr(io.StringIO()):
+        return ct.convert(
+            program,
+            convert_to="mlprogram",
+            inputs=inputs,
+            minimum_deployment_target=ct.target.iOS18,
+            skip_model_load=True,
+            pass_pipeline=ct.PassPipeline.EMPTY,  # the default one rewrites constants
+        )
+
+
+def _describe(spec: Any, student: Student, context_tokens: int) -> None:
+    """Metadata without a date: the same student gives the same bytes."""
+    metadata = spec.description.metadata
+    metadata.shortDescription = (
+        f"{student.facts.family} decoder, {context_tokens} tokens of context"
+    )
+    metadata.versionString = edgedistill.__version__
+    metadata.userDefined.pop("com.github.apple.coremltools.conversion_date", None)
+    metadata.userDefined["edgedistill"] = edgedistill.__version__
+    metadata.userDefined["context_tokens"] = str(context_tokens)
+
+
+def _write_package(spec: Any, weights: Path, package: Path) -> None:
+    """The layout of an mlpackage, with identifiers made from the contents instead of at random."""
+    (package / "Data" / WEIGHTS_FOLDER).mkdir(parents=True)
+    shutil.copyfile(weights / "weight.bin", package / "Data" / WEIGHTS_FILE)
+    program = spec.SerializeToString(deterministic=True)
+    (package / "Data" / MODEL_FILE).write_bytes(program)
+    digest = sha256(program).hexdigest()
+    model_id, weights_id = (
+        str(uuid.uuid5(NAMESPACE, f"{n} {digest}")) for n in ("model", "weights")
+    )
+    author = "com.apple.CoreML"
+    entries = {
+        model_id: {
+            "author": author,
+            "description": "CoreML Model Specification",
+            "name": "model.mlmodel",
+            "path": MODEL_FILE,
+        },
+        weights_id: {
+            "author": author,
+            "description": "CoreML Model Weights",
+            "name": "weights",
+            "path": WEIGHTS_FOLDER,
+        },
+    }
+    manifest = {
+        "fileFormatVersion": "1.0.0",
+        "itemInfoEntries": entries,
+        "rootModelIdentifier": model_id,
+    }
+    write_json(package / "Manifest.json", manifest)

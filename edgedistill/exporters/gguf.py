@@ -1,0 +1,193 @@
+"""GGUF, for llama.cpp: one file with weights, metadata and tokenizer, written tensor by tensor.
+
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; which keys and tensors an
+architecture wants: llama.cpp's src/llama-arch.cpp and src/llama-model.cpp.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from edgedistill.decoder import DecoderFacts
+from edgedistill.errors import InputError, UnavailableError
+from edgedistill.exporter import Exporter
+from edgedistill.gguf_blocks import F16, F32, LAYOUTS, BlockLayout, pack_blocks
+from edgedistill.gguf_layout import ARCHITECTURES, ROPE_DIVISORS, row_order, tensor_name
+from edgedistill.gguf_vocabulary import GgufVocabulary, read_vocabulary
+from edgedistill.progress import track
+from edgedistill.quantized import Grid, QTensor
+from edgedistill.student import Student
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
+WEIGHTS_FILE = "model.gguf"
+# The second version of the block formats (ggml.h, GGML_QNT_VERSION).
+QUANTIZATION_VERSION = 2
+FLOAT16_MAX = 65504.0
+
+
+class Gguf(Exporter):
+    """Float matrices as F16, vectors as F32; grids as Q8_0, Q4_0, Q4_1 and Q2_0, bit by bit."""
+
+    extra: ClassVar[str] = "gguf"
+    runtime: ClassVar[str] = "llama_cpp"
+
+    def holds(self, grid: Grid) -> bool:
+        """8 and 4 bits in groups of 32, 2 bits in groups of 64; integer zeros at 4 bits alone."""
+        return grid in LAYOUTS
+
+    def export(self, student: Student, dst: Path, *, context_tokens: int) -> None:
+        """Write ``model.gguf``; tied embeddings are stored once, llama.cpp ties them by itself."""
+        facts = student.facts
+        if context_tokens > facts.max_context_tokens:
+            raise InputError(
+                f"context_tokens {context_tokens} is more than the model's own "
+                f"{facts.max_context_tokens}",
+                where=str(student.path / "config.json"),
+            )
+        layouts = {
+            name: _layout(student, name, shape) for name, shape in facts.tensor_shapes().items()
+        }
+        writer = _new_writer(dst / WEIGHTS_FILE, ARCHITECTURES[facts.family])
+        _add_model(writer, facts, context_tokens)
+        writer.add_file_type(_file_type(facts, layouts))
+        writer.add_quantization_version(QUANTIZATION_VERSION)
+        _add_vocabulary(writer, read_vocabulary(student))
+        divisors = _rope_divisors(facts)
+        if divisors is not None:
+            _add_info(writer, ROPE_DIVISORS, divisors.shape, F32)
+        for name, layout in layouts.items():
+            _add_info(writer, tensor_name(name), student.shape(name), layout)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        try:
+            if divisors is not None:
+                writer.write_tensor_data(divisors)
+            for name, layout in track(layouts.items(), len(layouts), "writing GGUF"):
+                writer.write_tensor_data(_data(student, facts, name, layout))
+        finally:
+            writer.close()
+
+    def weight_bytes(self, artifact: Path) -> int:
+        """Bytes of all tensors, without padding, metadata and tokenizer."""
+        from edgedistill.gguf_file import GgufFile
+
+        tensors = GgufFile(artifact / WEIGHTS_FILE).tensors.values()
+        return sum(tensor.size_bytes for tensor in tensors)
+
+
+def _new_writer(path: Path, architecture: str) -> GGUFWriter:
+    try:
+        from gguf import GGUFWriter
+    except ImportError as error:
+        raise UnavailableError(
+            f"the gguf package is not installed ({error})", hint="pip install 'edgedistill[gguf]'"
+        ) from error
+    return GGUFWriter(path, architecture)
+
+
+def _layout(student: Student, name: str, shape: tuple[int, ...]) -> BlockLayout:
+    if student.shape(name) != shape:
+        raise InputError(
+            f"{name} has the shape {student.shape(name)}, its config asks for {shape}",
+            where=str(student.path),
+        )
+    if name not in student.grids:
+        return F16 if len(shape) == 2 else F32
+    grid = student.grids[name]
+    if grid not in LAYOUTS:
+        raise InputError(
+            f"{name} is {grid}, which no GGUF block holds",
+            where=str(student.path),
+            hint=f"grids that fit: {', '.join(map(str, LAYOUTS))}",
+        )
+    return LAYOUTS[grid]
+
+
+def _data(
+    student: Student, facts: DecoderFacts, name: str, layout: BlockLayout
+) -> npt.NDArray[Any]:
+    order = row_order(facts, name)
+    if name in student.grids:
+        tensor = student.read_quantized(name)
+        return pack_blocks(tensor if order is None else _reordered(tensor, order), name)
+    values = student.read(name)
+    if layout is F16:
+        # Not-a-number is refused as well: it compares false.
+        if not np.abs(values).max() <= FLOAT16_MAX:
+            raise InputError(
+                f"{name} holds a value that is not a number or too large for float16",
+                where=str(student.path),
+            )
+        values = values.astype(np.float16)
+    return np.ascontiguousarray(values if order is None else values[order])
+
+
+def _reordered(tensor: QTensor, order: npt.NDArray[np.intp]) -> QTensor:
+    zeros = None if tensor.zeros is None else tensor.zeros[order]
+    return QTensor(tensor.grid, tensor.codes[order], tensor.scales[order], zeros)
+
+
+def _add_info(writer: GGUFWriter, name: str, shape: tuple[int, ...], layout: BlockLayout) -> None:
+    size_bytes = int(np.prod(shape, dtype=np.int64)) // layout.block * layout.block_bytes
+    # The dtype is not looked at once the type's number is given.
+    writer.add_tensor_info(name, shape, np.dtype(np.float16), size_bytes, layout.type_id)
+
+
+def _file_type(facts: DecoderFacts, layouts: dict[str, BlockLayout]) -> int:
+    """llama.cpp's number for the layout that holds most of the weights."""
+    weights: Counter[BlockLayout] = Counter()
+    for name, shape in facts.tensor_shapes().items():
+        weights[layouts[name]] += int(np.prod(shape, dtype=np.int64))
+    return weights.most_common(1)[0][0].file_type
+
+
+def _rope_divisors(facts: DecoderFacts) -> npt.NDArray[np.float32] | None:
+    """float32 [head_dim / 2]: Llama 3.1's scaling, which llama.cpp takes as a tensor."""
+    scaling = facts.rope.scaling
+    if scaling is None or scaling["rope_type"] != "llama3":
+        return None
+    return facts.rope.frequency_divisors(facts.head_dim)
+
+
+def _add_model(writer: GGUFWriter, facts: DecoderFacts, context_tokens: int) -> None:
+    writer.add_type("model")
+    writer.add_size_label(f"{facts.parameters / 1e6:.0f}M")
+    writer.add_vocab_size(facts.vocab_size)
+    writer.add_context_length(context_tokens)
+    writer.add_embedding_length(facts.hidden_size)
+    writer.add_block_count(facts.layers)
+    writer.add_feed_forward_length(facts.ffn_size)
+    writer.add_head_count(facts.heads)
+    writer.add_head_count_kv(facts.kv_heads)
+    writer.add_key_length(facts.head_dim)
+    writer.add_value_length(facts.head_dim)
+    writer.add_rope_dimension_count(facts.head_dim)
+    writer.add_rope_freq_base(facts.rope.theta)
+    writer.add_layer_norm_rms_eps(facts.norm_eps)
+    if facts.rope.scaling is not None and facts.rope.scaling["rope_type"] == "linear":
+        from gguf import RopeScalingType
+
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(float(facts.rope.scaling["factor"]))
+
+
+def _add_vocabulary(writer: GGUFWriter, vocabulary: GgufVocabulary) -> None:
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_types(vocabulary.types)
+    writer.add_token_merges(vocabulary.merges)
+    for role, token in vocabulary.ids.items():
+        writer.add_uint32(f"tokenizer.ggml.{role}_token_id", token)
+    writer.add_add_bos_token(vocabulary.adds_bos)
+    writer.add_add_eos_token(vocabulary.adds_eos)
+    if vocabulary.chat_template is not None:
+        writer.add_chat_template(vocabulary.chat_template)

@@ -1,0 +1,60 @@
+"""ONNX with KV cache, for ONNX Runtime and ``onnxruntime-genai``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+from edgedistill.errors import InputError
+from edgedistill.exporter import Exporter
+from edgedistill.onnx_package import MODEL_FILE, not_installed, write_package
+from edgedistill.quantized import Grid
+from edgedistill.student import Student
+
+
+class Onnx(Exporter):
+    """A directory that ``onnxruntime-genai`` opens as it is.
+
+    Matrices on a grid become ``MatMulNBits`` (and ``GatherBlockQuantized`` for the embedding) with
+    their own codes and zero points, and scales widened to float32; all others are float32, which
+    the CPU kernels want.  A tied matrix is stored once.
+    """
+
+    extra: ClassVar[str] = "onnx"
+    runtime: ClassVar[str] = "onnx_runtime"
+
+    def holds(self, grid: Grid) -> bool:
+        """Groups of 16, 32, 64, …: what ``MatMulNBits`` takes; all bits and zeros of a grid."""
+        return grid.group_size >= 16 and grid.group_size.bit_count() == 1
+
+    def export(self, student: Student, dst: Path, *, context_tokens: int) -> None:
+        """Write the graph, its weights, and the package files around them.
+
+        Raises:
+            InputError: a grid that the format cannot carry, or tensors that contradict the config.
+            UnavailableError: the ``onnx`` package is not installed.
+        """
+        for name, grid in student.grids.items():
+            if not self.holds(grid):
+                raise InputError(
+                    f"{name} is on {grid}, which MatMulNBits does not take",
+                    where=str(student.path),
+                    hint="quantize with a group size that is a power of two, 16 or more",
+                )
+        try:
+            from edgedistill.onnx_decoder import write_decoder
+            from edgedistill.onnx_graph import OnnxGraph
+        except ModuleNotFoundError as error:
+            raise not_installed(error) from error
+        with OnnxGraph(dst) as graph:
+            write_decoder(graph, student, context_tokens)
+        write_package(student, dst, context_tokens)
+
+    def weight_bytes(self, artifact: Path) -> int:
+        """Bytes of all codes, scales, zeros and float weights; the rotary tables are none."""
+        try:
+            from edgedistill.onnx_decoder import ROPE_TABLES
+            from edgedistill.onnx_graph import external_bytes, read_model
+        except ModuleNotFoundError as error:
+            raise not_installed(error) from error
+        return external_bytes(read_model(artifact / MODEL_FILE), besides=ROPE_TABLES)

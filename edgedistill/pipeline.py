@@ -1,0 +1,191 @@
+"""Steps with content-addressed keys, and the loop that runs those which the cache lacks.
+
+``key = sha256(task, its fields, contents of its input files, code version, keys of its inputs)``,
+so all keys are known before anything runs.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from edgedistill.cache import Cache, StepRecord
+from edgedistill.child import run_in_child
+from edgedistill.code_version import CodeVersion
+from edgedistill.content import ContentHashes, sha256_json
+from edgedistill.errors import EdgedistillError
+from edgedistill.results import StepReport
+from edgedistill.task import Task
+
+Say = Callable[[str], None]
+
+
+def say(line: str) -> None:
+    """Talk to the user: one line on stderr."""
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
+
+@dataclass(frozen=True)
+class Step:
+    """A task with the steps that it reads from.
+
+    Attributes:
+        label: for people, such as ``int4/gguf: export``; not part of the key.
+        inputs: name, as the task knows it, -> the step whose output it is.
+        hashes: of input files, shared by all steps of a build.
+        fresh: run it even if the cache has it.
+    """
+
+    label: str
+    task: Task
+    inputs: Mapping[str, Step] = field(default_factory=dict)
+    hashes: ContentHashes = field(default_factory=ContentHashes)
+    fresh: bool = False
+
+    @cached_property
+    def fields(self) -> dict[str, Any]:
+        """The task's fields as JSON, input files as hashes."""
+        return self.task.fingerprint(self.hashes)
+
+    @cached_property
+    def code(self) -> CodeVersion:
+        """The version of the code that it runs."""
+        return self.task.code()
+
+    @cached_property
+    def key(self) -> str:
+        """64 hex digits that stand for everything that decides the output."""
+        inputs = {name: step.key for name, step in self.inputs.items()}
+        kind = type(self.task).__name__
+        return sha256_json([kind, self.fields, self.code.sha256, inputs])
+
+    def lineage(self) -> list[Step]:
+        """The steps that this one stands on and itself, each after its inputs, each once."""
+        before = [s for step in self.inputs.values() for s in step.lineage()]
+        return unique([*before, self])
+
+
+def unique(steps: Iterable[Step]) -> list[Step]:
+    """The steps in order, each key once: the first of several labels stays."""
+    found: dict[str, Step] = {}
+    for step in steps:
+        found.setdefault(step.key, step)
+    return list(found.values())
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a step ended: with a record, with an error, or, where an input failed, not run.
+
+    Attributes:
+        record: of the finished step.
+        error: its own, or that of the step that it stands on.
+        report: None for a step that was not run.
+    """
+
+    record: StepRecord | None = None
+    error: EdgedistillError | None = None
+    report: StepReport | None = None
+
+
+class Pipeline:
+    """Runs steps one after the other, each in its own process.
+
+    One at a time, because two would share the cores that each is told to use and the memory that
+    the recipe allows.
+    """
+
+    def __init__(self, cache: Cache, tell: Say = say) -> None:
+        self.cache = cache
+        self._tell = tell
+        self._outcomes: dict[str, Outcome] = {}
+
+    def run(self, steps: Iterable[Step]) -> list[StepReport]:
+        """Run the steps in order; inputs that are not named run first.
+
+        A step that fails takes down those that read from it, and nothing else.
+
+        Returns:
+            A report for each step that was run, or found in the cache.
+        """
+        ordered = unique(s for step in steps for s in step.lineage())
+        self.cache.sweep()
+        for number, step in enumerate(ordered, start=1):
+            self._outcomes[step.key] = self._settle(step, f"[{number}/{len(ordered)}]")
+        return [report for step in ordered if (report := self.outcome(step).report)]
+
+    def outcome(self, step: Step) -> Outcome:
+        """How a step that was run ended."""
+        return self._outcomes[step.key]
+
+    def output(self, step: Step) -> Path | None:
+        """Where the step's output lies; None when there is none."""
+        return self.cache.out(step.key) if self.outcome(step).record else None
+
+    def _settle(self, step: Step, number: str) -> Outcome:
+        for source in step.inputs.values():
+            failed = self._outcomes[source.key]
+            if failed.error:
+                return Outcome(error=failed.error)
+        try:
+            return self._find_or_run(step, number)
+        except EdgedistillError as error:
+            self._tell(f"{number} {step.label}: failed\nerror: {error}")
+            return Outcome(error=error, report=_report(step, error=str(error)))
+
+    def _find_or_run(self, step: Step, number: str) -> Outcome:
+        record = None if step.fresh else self.cache.find(step.key)
+        if record:
+            return Outcome(record, report=_report(step, record, cached=True))
+
+        def waiting() -> None:
+            self._tell(f"{number} {step.label}: another build is at it; waiting")
+
+        with self.cache.lock(step.key, waiting) as lock:
+            # Whoever held the lock may have finished the step.
+            record = None if step.fresh else self.cache.find(step.key)
+            if record:
+                return Outcome(record, report=_report(step, record, cached=True))
+            self._tell(f"{number} {step.label}")
+            record = self._run(step, lock)
+        peak_gb = record.peak_rss_bytes / 1e9
+        self._tell(f"{number} {step.label}: {record.seconds:.1f} s, peak {peak_gb:.2f} GB")
+        return Outcome(record, report=_report(step, record, cached=False))
+
+    def _run(self, step: Step, lock: int) -> StepRecord:
+        inputs = {name: self.cache.out(source.key) for name, source in step.inputs.items()}
+        log = self.cache.log(step.key)
+        with self.cache.scratch(step.key) as scratch:
+            result = run_in_child(step.task, inputs, scratch, lock=lock, log=log)
+            record = StepRecord(
+                key=step.key,
+                label=step.label,
+                task=type(step.task).__name__,
+                fields=step.fields,
+                code=step.code.sha256,
+                libraries=step.code.libraries,
+                inputs={name: source.key for name, source in step.inputs.items()},
+                seconds=result.seconds,
+                peak_rss_bytes=result.peak_rss_bytes,
+                files=result.files,
+            )
+            self.cache.commit(scratch, record)
+        return record
+
+
+def _report(
+    step: Step, record: StepRecord | None = None, *, cached: bool = False, error: str | None = None
+) -> StepReport:
+    return StepReport(
+        label=step.label,
+        key=step.key,
+        cached=cached,
+        seconds=record.seconds if record else 0.0,
+        peak_rss_bytes=record.peak_rss_bytes if record else 0,
+        error=error,
+    )

@@ -1,0 +1,251 @@
+"""From a recipe to the steps of its build."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgedistill.content import ContentHashes
+from edgedistill.errors import UsageError
+from edgedistill.pipeline import Step, unique
+from edgedistill.plugins import did_you_mean, load_plugin
+from edgedistill.recipe import Recipe, StageStep
+from edgedistill.recipe_check import REFERENCE_STAGES
+from edgedistill.task import Task
+from edgedistill.tasks import (
+    BenchArtifact,
+    Compare,
+    Export,
+    JudgeLogits,
+    RunStage,
+    Score,
+    ScoreReference,
+    TakeIn,
+    Verify,
+)
+
+# The runtimes that run a whole suite in minutes, in the order in which they are asked to judge.
+JUDGING_FORMATS = ("gguf", "onnx")
+REFERENCE_RUNTIME = "torch_reference"
+
+
+@dataclass(frozen=True)
+class ArtifactSteps:
+    """The steps around one rung in one format.
+
+    Attributes:
+        judges: whether it runs the whole suite; the rung's other formats run a sample.
+        student: the step that makes the rung's weights.
+        score, compare: None without a suite.
+        bench: None where the runtime's speed says nothing about a device.
+    """
+
+    rung: str
+    format: str
+    runtime: str
+    judges: bool
+    sample: int | None
+    student: Step
+    export: Step
+    verify: Step
+    score: Step | None
+    compare: Step | None
+    bench: Step | None
+
+
+@dataclass(frozen=True)
+class BuildSteps:
+    """All steps of a build.
+
+    Attributes:
+        reference: makes the student that everything is compared with.
+        reference_quality: compares the reference with itself, for its own figures.
+    """
+
+    reference: Step
+    reference_quality: Step | None
+    artifacts: tuple[ArtifactSteps, ...]
+
+    def ordered(self) -> list[Step]:
+        """What fails fast goes first; benchmarks run last, when nothing else does."""
+        artifacts = self.artifacts
+        steps = [self.reference, *(a.export for a in artifacts), *(a.verify for a in artifacts)]
+        steps += [s for s in (self.reference_quality, *(a.compare for a in artifacts)) if s]
+        steps += [a.bench for a in artifacts if a.bench]
+        return unique(s for step in steps for s in step.lineage())
+
+
+def plan_build(
+    recipe: Recipe, student: Path, only: Sequence[str] = (), *, machine: str, rebench: bool = False
+) -> BuildSteps:
+    """The steps that build a recipe; their keys say which of them the cache has.
+
+    Args:
+        recipe: checked, its paths absolute.
+        student: the directory or GGUF file that it starts from.
+        only: ``rung`` or ``rung/format``; empty for all.
+        machine: its fingerprint, part of the benchmarks' keys.
+        rebench: measure again what the cache has.
+
+    Raises:
+        UsageError: ``only`` names something that the recipe lacks.
+    """
+    return _Planner(recipe, student, _select(recipe, only), machine, rebench).plan()
+
+
+def _select(recipe: Recipe, only: Sequence[str]) -> dict[str, list[str]]:
+    """Rung -> formats, in the recipe's order."""
+    everything = {rung: list(recipe.formats_of(rung)) for rung in recipe.rungs}
+    names = [*everything, *(f"{r}/{f}" for r, formats in everything.items() for f in formats)]
+    for wanted in only:
+        if wanted not in names:
+            hint = did_you_mean(wanted, names, "the recipe has")
+            raise UsageError(f"--only {wanted}: the recipe does not build it", hint=hint)
+    return {
+        rung: [f for f in formats if not only or rung in only or f"{rung}/{f}" in only]
+        for rung, formats in everything.items()
+    }
+
+
+class _Planner:
+    def __init__(
+        self,
+        recipe: Recipe,
+        student: Path,
+        selected: dict[str, list[str]],
+        machine: str,
+        rebench: bool,
+    ) -> None:
+        self._recipe = recipe
+        self._selected = selected
+        self._machine = machine
+        self._rebench = rebench
+        self._hashes = ContentHashes()
+        self._threads = recipe.build.threads
+        self._taken_in = self._step("take in the student", TakeIn(source=student))
+        first = next(
+            (i for i, s in enumerate(recipe.stages) if s.name not in REFERENCE_STAGES),
+            len(recipe.stages),
+        )
+        self._reference = self._stages("", recipe.stages[:first], self._taken_in)
+        self._shared = self._stages("", recipe.stages[first:], self._reference)
+        self._reference_scores = self._score_reference() if recipe.suite else None
+
+    def plan(self) -> BuildSteps:
+        artifacts = [
+            steps for rung, formats in self._selected.items() for steps in self._rung(rung, formats)
+        ]
+        quality = None
+        if self._reference_scores:
+            scores = self._reference_scores
+            quality = self._compare("reference", REFERENCE_RUNTIME, scores, scores, judged=False)
+        return BuildSteps(self._reference, quality, tuple(artifacts))
+
+    def _rung(self, rung: str, formats: list[str]) -> list[ArtifactSteps]:
+        if not formats:
+            return []
+        student = self._stages(f"{rung}: ", self._recipe.rungs[rung], self._shared)
+        judge = next((f for f in JUDGING_FORMATS if f in formats), None)
+        return [self._artifact(rung, name, student, judges=name == judge) for name in formats]
+
+    def _artifact(self, rung: str, name: str, student: Step, *, judges: bool) -> ArtifactSteps:
+        recipe, label = self._recipe, f"{rung}/{name}"
+        runtime = load_plugin("exporters", name).runtime
+        limited = load_plugin("runtimes", runtime).limitation is not None
+        sample = None if judges else recipe.evaluate.sample_of(name)
+        context = recipe.context_tokens
+        export = self._step(
+            f"{label}: export", Export(format=name, context_tokens=context), student=student
+        )
+        score = compare = None
+        if self._reference_scores:
+            task = Score(
+                runtime=runtime,
+                suite=recipe.suite,
+                sample=sample,
+                chat=recipe.chat,
+                context_tokens=context,
+                threads=self._threads,
+            )
+            # The reference's tokenizer and template ask every rung the same questions.
+            score = self._step(f"{label}: score", task, artifact=export, student=self._reference)
+            scores = self._reference_scores
+            compare = self._compare(label, runtime, scores, score, judged=True)
+        return ArtifactSteps(
+            rung=rung,
+            format=name,
+            runtime=runtime,
+            judges=judges,
+            sample=sample,
+            student=student,
+            export=export,
+            verify=self._verify(label, name, runtime, student, export),
+            score=score,
+            compare=compare,
+            bench=None if limited else self._bench(label, runtime, student, export),
+        )
+
+    def _verify(self, label: str, name: str, runtime: str, student: Step, export: Step) -> Step:
+        inputs = {
+            "artifact": export,
+            "student": student,
+            "weights_judge": self._judge(label.partition("/")[0], student),
+            "reference_judge": self._judge("reference", self._reference),
+        }
+        if self._reference is not self._taken_in:
+            inputs["base_judge"] = self._judge("student before adapters", self._taken_in)
+        task = Verify(
+            format=name,
+            runtime=runtime,
+            context_tokens=self._recipe.context_tokens,
+            threads=self._threads,
+        )
+        return self._step(f"{label}: verify", task, **inputs)
+
+    def _judge(self, label: str, student: Step) -> Step:
+        task = JudgeLogits(texts=self._recipe.texts, threads=self._threads)
+        return self._step(f"{label}: float32 logits", task, student=student)
+
+    def _score_reference(self) -> Step:
+        task = ScoreReference(
+            suite=self._recipe.suite,
+            chat=self._recipe.chat,
+            context_tokens=self._recipe.context_tokens,
+            threads=self._threads,
+        )
+        return self._step("reference: score", task, student=self._reference)
+
+    def _compare(
+        self, label: str, runtime: str, reference: Step, scores: Step, *, judged: bool
+    ) -> Step:
+        recipe = self._recipe
+        task = Compare(
+            runtime=runtime,
+            suite=recipe.suite,
+            floor=recipe.floor if judged else None,
+            slices=recipe.slices if judged else {},
+        )
+        inputs = {"reference_scores": reference, "artifact_scores": scores}
+        return self._step(f"{label}: judge", task, **inputs)
+
+    def _bench(self, label: str, runtime: str, student: Step, export: Step) -> Step:
+        task = BenchArtifact(
+            runtime=runtime,
+            context_tokens=self._recipe.context_tokens,
+            machine=self._machine,
+            threads=self._threads,
+        )
+        inputs = {"artifact": export, "student": student}
+        return Step(f"{label}: bench", task, inputs, self._hashes, fresh=self._rebench)
+
+    def _stages(self, label: str, stages: Sequence[StageStep], student: Step) -> Step:
+        for stage in stages:
+            # Only what the recipe says: a stage's defaults belong to its own code.
+            fields = stage.config.model_dump(mode="json", exclude_unset=True)
+            task = RunStage(stage=stage.name, fields=fields, threads=self._threads)
+            student = self._step(f"{label}{stage.name}", task, student=student)
+        return student
+
+    def _step(self, label: str, task: Task, **inputs: Step) -> Step:
+        return Step(label, task, inputs, self._hashes)

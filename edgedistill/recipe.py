@@ -1,0 +1,215 @@
+"""The recipe: one YAML, typed, frozen, the only configuration of a build."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    SerializeAsAny,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError
+
+from edgedistill.chat import Chat
+from edgedistill.errors import EdgedistillError
+from edgedistill.floor import Floor, SliceSpec
+from edgedistill.plugins import load_plugin, plugin_module, plugin_names
+from edgedistill.stage import Stage
+
+Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+# Names become directories and files.
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
+
+
+def _known_format(name: str) -> str:
+    try:
+        plugin_module("exporters", name)
+    except EdgedistillError as error:
+        raise _as_pydantic(error) from error
+    return name
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str | Path) else value
+
+
+def _as_pydantic(error: EdgedistillError) -> PydanticCustomError:
+    # Curly braces would be taken for fields of a template.
+    return PydanticCustomError("edgedistill", "{text}", {"text": error.message, "hint": error.hint})
+
+
+FormatName = Annotated[str, AfterValidator(_known_format)]
+
+
+class Part(BaseModel):
+    """Base of the recipe's parts: frozen, no unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class StageStep(Part):
+    """One entry of a list of stages: ``- quantize_rtn: {bits: 4}``.
+
+    Attributes:
+        name: of the stage, its file in ``stages/``.
+        config: the stage itself; a stage is its configuration.
+    """
+
+    name: str
+    config: SerializeAsAny[Stage]
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _from_mapping(cls, value: Any, _: Any) -> Self:
+        if isinstance(value, cls):
+            return value
+        if not isinstance(value, dict) or len(value) != 1:
+            raise PydanticCustomError(
+                "edgedistill",
+                "{text}",
+                {
+                    "text": "a stage is a mapping with one key, its name",
+                    "hint": "write it as `- quantize_rtn: {bits: 4}`",
+                },
+            )
+        ((name, fields),) = value.items()
+        try:
+            stage = load_plugin("stages", str(name))
+        except EdgedistillError as error:
+            raise _as_pydantic(error) from error
+        config = stage.model_validate({} if fields is None else fields)
+        return cls.model_construct(name=str(name), config=config)
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """One property for each stage that exists, of which one is given."""
+        stages = {name: load_plugin("stages", name) for name in plugin_names("stages")}
+        known = {name: handler(s.__pydantic_core_schema__) for name, s in stages.items()}
+        return {
+            "type": "object",
+            "properties": known,
+            "additionalProperties": False,
+            "minProperties": 1,
+            "maxProperties": 1,
+        }
+
+
+class Budget(Part):
+    """What an artifact may cost on its target; a clause that is not given is not held.
+
+    Attributes:
+        file_mb: all files that ship, in 10^6 bytes.
+        peak_ram_mb: peak resident memory while it runs, in 10^6 bytes.
+        ttft_user_p95_ms: prompt tokens -> text in to first visible text.
+        ttft_model_p95_ms: prompt tokens -> token ids in to first token.
+        decode_p50_tok_per_s: least rate of generation after the shortest prompt.
+    """
+
+    file_mb: Positive | None = None
+    peak_ram_mb: Positive | None = None
+    ttft_user_p95_ms: dict[Annotated[int, Field(ge=1)], Positive] = {}
+    ttft_model_p95_ms: dict[Annotated[int, Field(ge=1)], Positive] = {}
+    decode_p50_tok_per_s: Positive | None = None
+
+
+class Target(Part):
+    """Where an artifact runs: a format, a device, a budget; ``rungs`` of None means all."""
+
+    format: FormatName
+    device: Literal["local"] = "local"
+    budget: Budget = Budget()
+    rungs: tuple[str, ...] | None = None
+
+
+class EvaluateSettings(Part):
+    """How the suite is run.
+
+    Attributes:
+        sample: format -> cases of its paired sample, where another format of the rung judges.
+    """
+
+    sample: dict[FormatName, Annotated[int, Field(ge=1)]] = {}
+
+    def sample_of(self, format_name: str) -> int:
+        """Cases of the paired sample; Core ML is interpreted here, so its default is small."""
+        return self.sample.get(format_name, 60 if format_name == "coreml" else 500)
+
+
+class BuildSettings(Part):
+    """What a build may take of this machine; threads decide sums, so they are part of the keys."""
+
+    threads: Annotated[int, Field(ge=1, le=256)] = 2
+    peak_ram_gb: Positive | None = None
+
+
+class Recipe(Part):
+    """A whole recipe; see ``recipes/`` for examples.
+
+    Attributes:
+        name: of the exports' directory.
+        student: a directory, a .gguf file, ``pkg://package/file.gguf``, ``hf://org/name@REVISION``.
+        context_tokens: what the artifacts claim.
+        stages: compression steps that all rungs share; adapters are merged here.
+        rungs: name -> its own steps; an empty list is an unquantized rung.
+        export: formats without a budget; or else ``targets``.
+        suite: evaluation cases, JSON lines; without one nothing is judged.
+        texts: name -> text file to verify on, beside the built-in texts.
+    """
+
+    name: Name
+    license: str | None = None
+    student: Annotated[str, Field(min_length=1)]
+    context_tokens: Annotated[int, Field(ge=8)]
+    chat: Chat = Chat()
+    stages: tuple[StageStep, ...] = ()
+    rungs: Annotated[dict[Name, tuple[StageStep, ...]], Field(min_length=1)]
+    export: Annotated[tuple[FormatName, ...], Field(min_length=1)] | None = None
+    targets: dict[Name, Target] = {}
+    suite: Annotated[tuple[Path, ...], BeforeValidator(_as_list)] = ()
+    floor: Floor | None = None
+    slices: dict[str, SliceSpec] = {}
+    texts: dict[Name, Path] = {}
+    evaluate: EvaluateSettings = EvaluateSettings()
+    build: BuildSettings = BuildSettings()
+
+    @model_validator(mode="after")
+    def _one_kind_of_target(self) -> Self:
+        if bool(self.targets) == bool(self.export):
+            raise PydanticCustomError(
+                "edgedistill",
+                "{text}",
+                {
+                    "text": "give either `export` or `targets`",
+                    "hint": "`export: [gguf, onnx]` names formats, `targets` adds budgets",
+                },
+            )
+        return self
+
+    def all_targets(self) -> dict[str, Target]:
+        """Name -> target; with ``export`` each format is a target without a budget."""
+        return dict(self.targets) or {f: Target(format=f) for f in self.export or ()}
+
+    def formats_of(self, rung: str) -> tuple[str, ...]:
+        """The formats that a rung is exported to, in the order of the targets."""
+        chosen = (t for t in self.all_targets().values() if t.rungs is None or rung in t.rungs)
+        return tuple(dict.fromkeys(t.format for t in chosen))
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of a recipe, for editors."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **Recipe.model_json_schema(),
+        "title": "edgedistill recipe",
+        "oneOf": [{"required": ["export"]}, {"required": ["targets"]}],
+    }

@@ -1,0 +1,181 @@
+"""What a recipe that is well-formed still cannot mean; all of it is known before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from edgedistill.decoder import DecoderFacts
+from edgedistill.errors import EdgedistillError
+from edgedistill.estimate import artifact_bytes, has_grids
+from edgedistill.plugins import did_you_mean, load_plugin
+from edgedistill.recipe import Recipe, StageStep
+from edgedistill.recipe_yaml import Place
+
+# Adapters make the reference, so they belong to what all rungs share.
+REFERENCE_STAGES = ("merge_lora",)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A mistake: its place in the YAML, what is wrong, how to mend it."""
+
+    place: Place
+    message: str
+    hint: str | None = None
+
+
+def check_recipe(recipe: Recipe, facts: DecoderFacts | None) -> list[Finding]:
+    """Everything that is wrong with the recipe.
+
+    Args:
+        recipe: its paths absolute.
+        facts: of the student; None when they are not known yet, which leaves out what needs them.
+    """
+    findings = [*_check_files(recipe), *_check_names(recipe), *_check_suite(recipe)]
+    if facts is not None:
+        findings += [*_check_context(recipe, facts), *_check_stages(recipe, facts)]
+        findings += [*_check_grids(recipe, facts), *_check_budgets(recipe, facts)]
+    return findings
+
+
+def _check_files(recipe: Recipe) -> Iterator[Finding]:
+    for place, path in _paths(recipe, ()):
+        if not path.exists():
+            yield Finding(place, f"there is no such file or directory: {path}")
+
+
+def _paths(value: Any, place: Place) -> Iterator[tuple[Place, Path]]:
+    """Every path in the recipe, with its place as the YAML has it."""
+    if isinstance(value, Path):
+        yield place, value
+    elif isinstance(value, StageStep):
+        yield from _paths(value.config, (*place, value.name))
+    elif isinstance(value, BaseModel):
+        for name in type(value).model_fields:
+            yield from _paths(getattr(value, name), (*place, name))
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _paths(item, (*place, key))
+    elif isinstance(value, tuple | list):
+        for index, item in enumerate(value):
+            yield from _paths(item, (*place, index))
+
+
+def _check_names(recipe: Recipe) -> Iterator[Finding]:
+    rungs = list(recipe.rungs)
+    for name, target in recipe.targets.items():
+        for index, rung in enumerate(target.rungs or ()):
+            if rung not in rungs:
+                yield Finding(
+                    ("targets", name, "rungs", index),
+                    f"there is no rung {rung!r}",
+                    did_you_mean(rung, rungs, "rungs"),
+                )
+    for index, name in enumerate(recipe.export or ()):
+        if name in (recipe.export or ())[:index]:
+            yield Finding(("export", index), f"{name!r} is given twice")
+    for rung, steps in recipe.rungs.items():
+        for index, step in enumerate(steps):
+            if step.name in REFERENCE_STAGES:
+                yield Finding(
+                    ("rungs", rung, index, step.name),
+                    "rungs are compared with the student after its adapters, so none is in a rung",
+                    "move it to `stages`",
+                )
+
+
+def _check_suite(recipe: Recipe) -> Iterator[Finding]:
+    if not recipe.suite:
+        for key in ("floor", "slices"):
+            if getattr(recipe, key):
+                yield Finding((key,), "there is no suite to judge it on", "give `suite`")
+        return
+    if not recipe.slices or not all(path.is_file() for path in recipe.suite):
+        return
+    from edgedistill.evaluate.suite import load_suite
+
+    try:
+        known = sorted({name for case in load_suite(recipe.suite) for name in case.slices})
+    except EdgedistillError as error:
+        yield Finding(("suite",), str(error))
+        return
+    for name, spec in recipe.slices.items():
+        if name not in known:
+            what = "sacrificed slice" if spec.sacrificed else "slice"
+            message = f"no case of the suite is in the {what} {name!r}"
+            yield Finding(("slices", name), message, did_you_mean(name, known, "the suite has"))
+
+
+def _check_context(recipe: Recipe, facts: DecoderFacts) -> Iterator[Finding]:
+    if recipe.context_tokens > facts.max_context_tokens:
+        yield Finding(
+            ("context_tokens",),
+            f"{recipe.context_tokens} is more than the student's {facts.max_context_tokens}",
+            f"the most that it can hold is {facts.max_context_tokens}",
+        )
+
+
+def _check_stages(recipe: Recipe, facts: DecoderFacts) -> Iterator[Finding]:
+    quantized = False
+    for index, step in enumerate(recipe.stages):
+        yield from _stage_problems(step, ("stages", index, step.name), facts, quantized)
+        quantized = quantized or has_grids([step], facts)
+    shared = quantized
+    for rung, steps in recipe.rungs.items():
+        quantized = shared
+        for index, step in enumerate(steps):
+            place = ("rungs", rung, index, step.name)
+            yield from _stage_problems(step, place, facts, quantized)
+            quantized = quantized or has_grids([step], facts)
+
+
+def _stage_problems(
+    step: StageStep, place: Place, facts: DecoderFacts, quantized: bool
+) -> Iterator[Finding]:
+    if not quantized and not all(path.exists() for _, path in _paths(step, ())):
+        return  # that is said already, and the stage may want to read them
+    for problem in step.config.problems(facts, quantized):
+        yield Finding(place, problem)
+
+
+def _check_grids(recipe: Recipe, facts: DecoderFacts) -> Iterator[Finding]:
+    for rung, steps in recipe.rungs.items():
+        for index, step in enumerate(steps):
+            for grid in step.config.grids(facts):
+                unable = [
+                    name
+                    for name in recipe.formats_of(rung)
+                    if not load_plugin("exporters", name)().holds(grid)
+                ]
+                if unable:
+                    yield Finding(
+                        ("rungs", rung, index, step.name),
+                        f"{grid} cannot be stored exactly in {' or '.join(unable)}",
+                        "choose another grid, or give this rung targets that hold it",
+                    )
+
+
+def _check_budgets(recipe: Recipe, facts: DecoderFacts) -> Iterator[Finding]:
+    """A file budget that not even the weights alone fit into, in any of the target's rungs."""
+    for name, target in recipe.targets.items():
+        limit = target.budget.file_mb
+        rungs = [r for r in recipe.rungs if target.rungs is None or r in target.rungs]
+        if limit is None or not rungs:
+            continue
+        sizes = {
+            rung: artifact_bytes(facts, [*recipe.stages, *recipe.rungs[rung]], target.format) / 1e6
+            for rung in rungs
+        }
+        smallest = min(sizes, key=lambda rung: sizes[rung])
+        if sizes[smallest] > limit:
+            yield Finding(
+                ("targets", name, "budget", "file_mb"),
+                f"{limit:g} MB, but the weights of the smallest rung, {smallest}, "
+                f"take {sizes[smallest]:.0f} MB",
+                "fewer bits, fewer layers, or a larger budget",
+            )

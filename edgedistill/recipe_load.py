@@ -1,0 +1,227 @@
+"""From a YAML file to a recipe, or to the list of everything that is wrong with it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from edgedistill.content import map_paths
+from edgedistill.decoder import DecoderFacts
+from edgedistill.errors import EdgedistillError, RecipeError, UsageError
+from edgedistill.intake import is_remote, read_facts, resolve_student
+from edgedistill.plugins import did_you_mean, load_plugin, plugin_names
+from edgedistill.recipe import Recipe, StageStep
+from edgedistill.recipe_check import Finding, check_recipe
+from edgedistill.recipe_yaml import Place, YamlDocument, dotted, read_yaml
+
+# What a required key is taken for while the rest of a broken recipe is checked.
+STAND_INS: dict[str, Any] = {
+    "name": "recipe",
+    "student": "",
+    "context_tokens": 8,
+    "rungs": {"float": []},
+    "export": ["gguf"],
+}
+REPAIRS = 4
+
+
+@dataclass(frozen=True)
+class LoadedRecipe:
+    """A recipe that can be built.
+
+    Attributes:
+        recipe: with absolute paths.
+        path: of the YAML.
+        student: the directory or file that it starts from; None until a hub model is fetched.
+        facts: of that student; None likewise.
+    """
+
+    recipe: Recipe
+    path: Path
+    student: Path | None
+    facts: DecoderFacts | None
+
+    def fetched(self) -> tuple[Path, DecoderFacts]:
+        """Student and facts, after a download where one is needed.
+
+        Raises:
+            RecipeError: the recipe does not suit the student, now that it is known.
+            UnavailableError: the hub cannot be reached.
+        """
+        if self.student is not None and self.facts is not None:
+            return self.student, self.facts
+        student = resolve_student(self.recipe.student, self.path.parent)
+        facts = read_facts(student)
+        document = read_yaml(self.path)
+        problems = [_problem(document, f) for f in check_recipe(self.recipe, facts)]
+        if problems:
+            raise RecipeError(problems)
+        return student, facts
+
+
+def load_recipe(path: Path, student: str | None = None) -> LoadedRecipe:
+    """Read and check a recipe.
+
+    Args:
+        path: of the YAML; paths in it are relative to its directory.
+        student: replaces the recipe's own; relative to the working directory.
+
+    Raises:
+        RecipeError: with every problem, each with its line, key, value and a hint.
+    """
+    document = read_yaml(path)
+    problems = list(document.problems)
+    data = document.data
+    if not isinstance(data, dict):
+        if not problems:
+            problems.append(UsageError("is empty, or not a mapping", where=str(path)))
+        raise RecipeError(problems)
+    if student is not None:
+        data = {**data, "student": student if "://" in student else str(Path(student).absolute())}
+    recipe, errors = _validate(data)
+    problems += [_invalid(document, error) for error in errors]
+    source, facts = None, None
+    if recipe is not None:
+        recipe = _absolute(recipe, path.parent)
+        source, facts, student_problems = _open_student(recipe, document)
+        problems += student_problems
+        problems += [_problem(document, f) for f in check_recipe(recipe, facts)]
+    if problems or recipe is None:
+        raise RecipeError(sorted(problems, key=_line))
+    return LoadedRecipe(recipe, path, source, facts)
+
+
+def _absolute(recipe: Recipe, base: Path) -> Recipe:
+    changed: Recipe = map_paths(recipe, lambda p: base.absolute() / p.expanduser())
+    return changed
+
+
+def _open_student(
+    recipe: Recipe, document: YamlDocument
+) -> tuple[Path | None, DecoderFacts | None, list[UsageError]]:
+    if is_remote(recipe.student) or not recipe.student:
+        return None, None, []
+    try:
+        source = resolve_student(recipe.student, document.path.parent)
+        return source, read_facts(source), []
+    except EdgedistillError as error:
+        return None, None, [_problem(document, Finding(("student",), str(error)))]
+
+
+def _validate(data: dict[Any, Any]) -> tuple[Recipe | None, list[ErrorDetails]]:
+    """The recipe, and all errors of the first look.
+
+    A recipe with errors is repaired (wrong parts are dropped) so that the rest can be checked too;
+    None when even that does not help.
+    """
+    errors: list[ErrorDetails] = []
+    data = copy.deepcopy(data)
+    for _ in range(REPAIRS):
+        try:
+            return Recipe.model_validate(data), errors
+        except ValidationError as error:
+            found = error.errors(include_url=False)
+            errors = errors or found
+            for item in reversed(found):
+                _drop(data, item)
+    return None, errors
+
+
+def _drop(data: dict[Any, Any], error: ErrorDetails) -> None:
+    place = _place(data, error["loc"])
+    if not place:  # the recipe as a whole: neither or both of export and targets
+        data.pop("targets", None)
+        data["export"] = STAND_INS["export"]
+        return
+    if "stages" in place[:1] or (place[0] == "rungs" and len(place) > 2):
+        place = place[: 2 if place[0] == "stages" else 3]  # the whole stage
+    parent = data
+    for key in place[:-1]:
+        parent = parent[key]
+    if place[-1] in STAND_INS and len(place) == 1:
+        parent[place[-1]] = STAND_INS[str(place[-1])]
+    elif place[0] == "rungs" and len(place) == 2:
+        parent[place[-1]] = []
+    elif place[-1] in _keys(parent):
+        del parent[place[-1]]
+    else:  # missing: drop what lacks it
+        _drop(data, {**error, "loc": place[:-1]})
+
+
+def _place(data: Any, location: tuple[int | str, ...]) -> Place:
+    """Where pydantic's location lies in the YAML, which also names a stage's key."""
+    place: list[int | str] = []
+    node = data
+    for key in location:
+        in_list = bool(place) and isinstance(place[-1], int)
+        if in_list and isinstance(node, dict) and key not in node and len(node) == 1:
+            stage = next(iter(node))
+            place.append(stage)
+            node = node[stage]
+        if key in _keys(node):
+            node = node[key]
+        elif key != location[-1] or not isinstance(node, dict | None):
+            continue  # a member of a union, or the only element of a list given as a scalar
+        else:
+            node = None
+        place.append(key)
+    return tuple(place)
+
+
+def _keys(node: Any) -> Collection[Any]:
+    if isinstance(node, dict):
+        return node
+    return range(len(node)) if isinstance(node, list) else ()
+
+
+def _invalid(document: YamlDocument, error: ErrorDetails) -> UsageError:
+    place = _place(document.data, error["loc"])
+    context = error.get("ctx", {})
+    hint = context.get("hint")
+    if error["type"] == "missing":
+        message = "is missing"
+    elif error["type"] == "extra_forbidden":
+        known = _known_keys(place)
+        message, hint = "is not a key here", did_you_mean(str(place[-1]), known, "keys")
+    else:
+        message = error["msg"].removeprefix("Value error, ")
+        message = message[:1].lower() + message[1:]
+        if error["type"] != "edgedistill" and place and not isinstance(error["input"], dict):
+            message += f", not {error['input']!r}"
+    return _problem(document, Finding(place, message, hint))
+
+
+def _known_keys(place: Place) -> list[str]:
+    """The keys that the mapping around an unknown key may have."""
+    model: type[BaseModel] | None = Recipe
+    for key in place[:-1]:
+        if model is StageStep:
+            names = plugin_names("stages")
+            model = load_plugin("stages", str(key)) if key in names else model
+        elif model is not None and key in model.model_fields:
+            model = _model_in(model.model_fields[str(key)].annotation) or model
+    return list(model.model_fields) if model else []
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The model that an annotation such as ``dict[str, tuple[Model, ...]]`` leads to."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((m for a in get_args(annotation) if (m := _model_in(a))), None)
+
+
+def _problem(document: YamlDocument, finding: Finding) -> UsageError:
+    key = dotted(finding.place)
+    text = f"{key}: {finding.message}" if key else finding.message
+    return UsageError(text, where=document.where(finding.place), hint=finding.hint)
+
+
+def _line(problem: UsageError) -> int:
+    number = (problem.where or "").rpartition(":")[2]
+    return int(number) if number.isdigit() else 0

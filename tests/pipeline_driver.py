@@ -1,0 +1,25 @@
+"""A program that builds a chain of three steps: python -m tests.pipeline_driver CACHE WITNESS S."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from edgedistill.cache import Cache
+from edgedistill.content import ContentHashes
+from edgedistill.pipeline import Pipeline, Step
+from tests.pipeline_tasks import Write
+
+
+def chain(witness: str, seconds: float) -> list[Step]:
+    """Three steps, each after the one before; the second takes ``seconds``."""
+    hashes = ContentHashes()
+    first = Step("first", Write(text="one ", witness=witness), {}, hashes)
+    middle = Write(text="two ", witness=witness, seconds=seconds)
+    second = Step("second", middle, {"a": first}, hashes)
+    return [Step("third", Write(text="three ", witness=witness), {"a": second}, hashes)]
+
+
+if __name__ == "__main__":
+    root, witness_file, sleep_seconds = sys.argv[1:]
+    Pipeline(Cache(Path(root))).run(chain(witness_file, float(sleep_seconds)))

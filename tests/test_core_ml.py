@@ -1,0 +1,232 @@
+"""The Core ML runtime off a Mac: saved packages executed, judged by transformers in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from edgedistill.errors import EdgedistillError, InputError, UsageError
+from edgedistill.exporters.coreml import Coreml
+from edgedistill.quantized import Grid
+from edgedistill.runtimes.core_ml import CoreMl
+from edgedistill.session import Session
+from edgedistill.student import Student, StudentWriter, dequantize_student
+from tests.rounded import round_student
+from tests.tiny import FAMILY_CONFIGS, write_student
+
+CONTEXT_TOKENS = 250
+IDS = np.random.default_rng(7).integers(0, 512, CONTEXT_TOKENS).tolist()
+Tiny = Callable[[str], Path]
+Precision = Literal["float16", "float32"]
+Floats = npt.NDArray[np.floating[Any]]
+VARIANTS: dict[str, dict[str, Any]] = {
+    "one key head": {"num_key_value_heads": 1},
+    "a key head for each head": {"num_key_value_heads": 4},
+    "all biases": {"attention_bias": True},
+    "linear rope": {
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def artifact(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A function from a family to its exported artifact."""
+    made: dict[str, Path] = {}
+
+    def make(family: str = "llama") -> Path:
+        if family not in made:
+            made[family] = export(tiny(family), tmp_path_factory.mktemp(f"coreml-{family}"))
+        return made[family]
+
+    return make
+
+
+def export(student: Path, dst: Path) -> Path:
+    dst.mkdir(exist_ok=True)
+    Coreml().export(Student(student), dst, context_tokens=CONTEXT_TOKENS)
+    return dst
+
+
+def open_session(artifact: Path, precision: Precision = "float16") -> Session:
+    return CoreMl(precision).open(artifact, context_tokens=CONTEXT_TOKENS, threads=1)
+
+
+def judge(student: Path, ids: list[int], *, float16: tuple[int, ...] = ()) -> Floats:
+    """Logits float32 [n, vocab] by transformers; parameters of these ranks rounded to float16."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim in float16:
+                parameter.copy_(parameter.half().float())
+        logits: Floats = model(torch.tensor([ids])).logits[0].numpy()
+    return logits
+
+
+def divergence(wanted: Floats, got: Floats) -> float:
+    """Mean KL(wanted || got) in nats."""
+    p, q = (torch.log_softmax(torch.tensor(x, dtype=torch.float64), -1) for x in (wanted, got))
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def all_logits(artifact: Path, precision: Precision) -> Floats:
+    with open_session(artifact, precision) as session:
+        return np.concatenate(list(session.stream_logits(IDS)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILY_CONFIGS)
+def test_the_package_is_the_model(family: str, tiny: Tiny, artifact: Callable[[str], Path]) -> None:
+    same_weights = judge(tiny(family), IDS, float16=(1, 2))
+    assert divergence(same_weights, all_logits(artifact(family), "float32")) <= 1e-6
+    device = all_logits(artifact(family), "float16")
+    assert np.array_equal(device, device.astype(np.float16))
+    assert divergence(judge(tiny(family), IDS), device) <= 5e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_fact_of_a_decoder_reaches_the_program(variant: str, tmp_path: Path) -> None:
+    student = write_student(tmp_path / "student", "llama", **VARIANTS[variant])
+    got = all_logits(export(student, tmp_path / "out"), "float32")
+    assert divergence(judge(student, IDS, float16=(1, 2)), got) <= 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "grid",
+    [Grid(2, 64), Grid(4, 32), Grid(4, 32, "integer"), Grid(8, 32), Grid(8, 32, "integer")],
+    ids=str,
+)
+def test_a_quantized_package_is_its_dequantized_student(
+    grid: Grid, tiny: Tiny, tmp_path: Path
+) -> None:
+    student = round_student(tiny("qwen3"), tmp_path / "student", grid)
+    (tmp_path / "float").mkdir()
+    dequantize_student(student, tmp_path / "float")
+    artifact = export(student, tmp_path / "out")
+    wanted = judge(tmp_path / "float", IDS, float16=(1,))  # norms are stored in float16
+    assert divergence(wanted, all_logits(artifact, "float32")) <= 1e-6
+    assert divergence(wanted, all_logits(artifact, "float16")) <= 5e-4
+
+
+@pytest.mark.parametrize("length", [1, 2, 63, 64, 65])
+def test_tokens_one_by_one_see_what_the_prompt_saw(
+    length: int, artifact: Callable[[str], Path], tiny: Tiny
+) -> None:
+    wanted = judge(tiny("llama"), IDS[:length], float16=(1, 2))
+    with open_session(artifact("llama"), "float32") as session:
+        at_once = session.prefill(IDS[:length])
+        assert session.position == length
+        session.reset()
+        single = np.stack([session.step(token) for token in IDS[:length]])
+        assert session.position == length
+        session.rewind(length // 2)
+        chunked = session.prefill(IDS[length // 2 : length]) if length > 1 else at_once
+    assert at_once.shape == (512,)
+    assert at_once.dtype == np.float32
+    np.testing.assert_allclose(at_once, single[-1], atol=1e-4)
+    np.testing.assert_allclose(chunked, single[-1], atol=1e-4)
+    assert divergence(wanted, single) <= 1e-6
+
+
+def test_what_was_rewound_is_forgotten(artifact: Callable[[str], Path]) -> None:
+    with open_session(artifact("llama")) as session:
+        wanted = session.prefill(IDS[:40])
+        session.rewind(30)
+        session.prefill(IDS[100:160])
+        session.rewind(30)
+        assert session.position == 30
+        np.testing.assert_array_equal(session.prefill(IDS[30:40]), wanted)
+        with pytest.raises(UsageError, match="cannot rewind to 41"):
+            session.rewind(41)
+
+
+def test_two_sessions_share_no_state(artifact: Callable[[str], Path]) -> None:
+    with open_session(artifact("llama")) as one, open_session(artifact("llama")) as other:
+        one.prefill(IDS[:9])
+        wanted = one.step(3)
+        one.rewind(9)
+        other.prefill(IDS[50:80])
+        np.testing.assert_array_equal(one.step(3), wanted)
+
+
+def test_the_last_place_of_the_context_is_usable_and_the_next_refused(
+    artifact: Callable[[str], Path], tiny: Tiny
+) -> None:
+    wanted = judge(tiny("llama"), IDS, float16=(1, 2))
+    with open_session(artifact("llama"), "float32") as session:
+        session.prefill(IDS[:-1])
+        last = session.step(IDS[-1])
+        assert divergence(wanted[-1:], last[None]) <= 1e-6
+        with pytest.raises(UsageError, match="do not fit into the context of 250"):
+            session.step(1)
+
+
+def test_bad_calls_are_refused(artifact: Callable[[str], Path]) -> None:
+    session = open_session(artifact("llama"))
+    for ids in ([], [512], [-1], [0] * 251):
+        with pytest.raises(UsageError):
+            session.prefill(ids)
+        with pytest.raises(UsageError):
+            list(session.stream_logits(ids))
+    assert session.position == 0
+    session.close()
+    with pytest.raises(UsageError, match="closed"):
+        session.prefill([1])
+
+
+def test_an_artifact_that_cannot_serve_is_refused(
+    artifact: Callable[[str], Path], tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=r"there is no model\.mlpackage"):
+        CoreMl().open(tmp_path, context_tokens=10, threads=1)
+    with pytest.raises(EdgedistillError, match="the package holds 250"):
+        CoreMl().open(artifact("llama"), context_tokens=251, threads=1)
+
+
+def test_settings_say_what_ran() -> None:
+    settings = CoreMl().settings()
+    assert "float16" in settings["mode"]
+    assert settings["coremltools"][0].isdigit()
+    assert CoreMl.limitation
+    assert "device unproven" in CoreMl.limitation
+
+
+@pytest.mark.parametrize(("factor", "norm_eps"), [(1500.0, 1e-5), (1e-2, 1e-3)])
+def test_norms_are_right_where_squares_leave_float16(
+    factor: float, norm_eps: float, tmp_path: Path
+) -> None:
+    """The residual stream scaled: its squares overflow, or vanish beside eps."""
+    plain = Student(write_student(tmp_path / "plain", "mistral", rms_norm_eps=norm_eps))
+    (tmp_path / "scaled").mkdir()
+    with StudentWriter(tmp_path / "scaled", plain) as writer:
+        for name in plain.names():
+            values = plain.read(name)
+            feeds_stream = name.endswith(
+                ("embed_tokens.weight", "o_proj.weight", "down_proj.weight")
+            )
+            writer.write(name, values * np.float32(factor) if feeds_stream else values)
+    largest = np.abs(residual_stream(tmp_path / "scaled")).max()
+    assert largest < 65504
+    assert (largest**2 > 4 * 65504) if factor > 1 else (largest**2 < norm_eps)
+    device = all_logits(export(tmp_path / "scaled", tmp_path / "out"), "float16")
+    assert divergence(judge(tmp_path / "scaled", IDS), device) <= 5e-4
+
+
+def residual_stream(student: Path) -> Floats:
+    """What enters each block, by transformers: float32 [layers, n, hidden]."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
+    with torch.no_grad():
+        states = model(torch.tensor([IDS]), output_hidden_states=True).hidden_states
+    return np.stack([state[0].numpy() for state in states[:-1]])
