@@ -165,9 +165,7 @@ def score_split(split: Split, rows: Rows) -> dict[str, dict[str, float]]:
 
     everything = range(len(rows))
     names = sorted({name for slices in split.slices for name in slices})
-    by_slice = {
-        name: part([i for i in everything if name in split.slices[i]]) for name in names
-    }
+    by_slice = {name: part([i for i in everything if name in split.slices[i]]) for name in names}
     return {"weighted": part(everything), "unweighted": part(everything, False), **by_slice}
 
 

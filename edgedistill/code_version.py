@@ -59,9 +59,9 @@ def code_version(modules: tuple[str, ...], body: tuple[str, str] | None = None) 
         if path is None:
             libraries.add(name.partition(".")[0])
         elif name not in sources:
-            sources[name] = _module_hash(path)
+            sources[name], imports = _module(path, name)
             sources |= _data_files(path.parent)
-            waiting += [*_module_imports(path, name), *_parents(name)]
+            waiting += [*imports, *_parents(name)]
     versions = {n: v for n in sorted(libraries) if (v := _library_version(n))}
     python = ".".join(map(str, sys.version_info[:2]))
     return CodeVersion(sha256_json([sources, versions, python]), versions)
@@ -74,8 +74,11 @@ def _class_body(module: str, name: str) -> ast.ClassDef:
 
 
 @cache
-def _module_hash(path: Path) -> str:
-    return _dump(ast.parse(path.read_text(encoding="utf-8")))
+def _module(path: Path, name: str) -> tuple[str, tuple[str, ...]]:
+    """The hash of a module's own code, and what it imports."""
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return _dump(tree), tuple(_imports(tree, package))
 
 
 def _dump(tree: ast.AST) -> str:
@@ -87,12 +90,6 @@ def _dump(tree: ast.AST) -> str:
             if isinstance(value, ast.Constant) and isinstance(value.value, str):
                 node.body = node.body[1:]
     return sha256_json(ast.dump(tree))
-
-
-@cache
-def _module_imports(path: Path, name: str) -> list[str]:
-    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    return list(_imports(ast.parse(path.read_text(encoding="utf-8")), package))
 
 
 def _imports(tree: ast.AST, package: str) -> Iterator[str]:

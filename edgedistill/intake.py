@@ -68,16 +68,34 @@ def read_facts(source: Path) -> DecoderFacts:
                 hint="start from the float one, or from a copy by `edgedistill dequantize`",
             )
         facts = student.facts
-        for name, shape in facts.tensor_shapes().items():
-            if student.shape(name) != shape:
-                raise InputError(
-                    f"{name} has the shape {student.shape(name)}, its config asks for {shape}",
-                    where=str(source),
-                )
+        _check_tensors(student, facts)
         return facts
     from edgedistill.gguf_intake import read_gguf_facts
 
     return read_gguf_facts(source)
+
+
+def _check_tensors(student: Student, facts: DecoderFacts) -> None:
+    """All that the facts know is there, in its shape; nothing else is, or it would be lost."""
+    shapes = facts.tensor_shapes()
+    for name, shape in shapes.items():
+        if student.shape(name) != shape:
+            raise InputError(
+                f"{name} has the shape {student.shape(name)}, its config asks for {shape}",
+                where=str(student.path),
+            )
+    # A tied checkpoint may repeat its head; old ones keep RoPE's constants.
+    harmless = {"lm_head.weight"} if facts.tied_embeddings else set()
+    extra = set(student.names()) - set(shapes) - harmless
+    unknown = sorted(name for name in extra if not name.endswith("rotary_emb.inv_freq"))
+    if unknown:
+        raise InputError(
+            f"holds {unknown[0]}"
+            + (f" and {len(unknown) - 1} more tensors" if len(unknown) > 1 else "")
+            + f", which a {facts.family} decoder of this config does not have",
+            where=str(student.path),
+            hint="its config is of another model, or it has parts that edgedistill would lose",
+        )
 
 
 def student_files(source: Path) -> list[Path]:

@@ -148,13 +148,10 @@ def read_snippets(sdist: bytes) -> tuple[list[Snippet], dict[str, int]]:
                 # than the mean, and nothing says which is right.
                 dropped["mean and ratings disagree"] += 1
                 continue
-            # Twice: some tweets were escaped twice ("&amp;#39;").
-            text = " ".join(html.unescape(html.unescape(text)).split())
+            key = (domain, " ".join(html.unescape(text).split()))
+            text = html.unescape(key[1])  # a few were escaped twice ("&amp;#39;")
             document = f"{domain}-{case.split('_')[0]}"
-            key, new = (
-                (domain, text),
-                Snippet(f"{domain}-{case}", domain, document, text, ratings[case]),
-            )
+            new = Snippet(f"{domain}-{case}", domain, document, text, ratings[case])
             if key in merged:  # one case, judged by both groups of raters
                 dropped["same text merged"] += 1
                 old = merged[key]
@@ -247,7 +244,9 @@ def similar_pairs(sets: Sequence[frozenset[str]], threshold: float) -> Iterator[
             shared = len(sets[i] & sets[j])
             if shared >= threshold * (len(sets[i]) + len(sets[j]) - shared):
                 yield j, i
-        for item in prefix:
+        # Whoever meets i here is at least as long, so must share 2t/(1+t) of it: index less.
+        overlap = math.ceil(2 * threshold / (1 + threshold) * len(sets[i]) - 1e-9)
+        for item in rare_first[: len(sets[i]) - overlap + 1]:
             index[item].append(i)
 
 
@@ -478,14 +477,17 @@ def power_table(suite: Iterable[dict[str, object]]) -> str:
 
 def count_table(parts: dict[str, Sequence[Snippet]]) -> str:
     """A Markdown table of cases per split, in all, by domain, class and tail."""
-    rows: list[tuple[str, Callable[[Snippet], bool]]] = [("all", lambda s: True)]
-    rows += [(f"domain={d}", lambda s, d=d: s.domain == d) for d in DOMAINS]  # type: ignore[misc]
-    rows += [(c, lambda s, i=i: s.answer == i) for i, c in enumerate(CHOICES)]  # type: ignore[misc]
-    rows += [(t, lambda s, t=t: t in tails_of(s)) for t in TAILS]  # type: ignore[misc]
+    columns = [
+        Counter(
+            name
+            for s in part
+            for name in ("all", f"domain={s.domain}", CHOICES[s.answer], *tails_of(s))
+        )
+        for part in parts.values()
+    ]
     lines = [f"| | {' | '.join(parts)} |", "|---" * (len(parts) + 1) + "|"]
-    for name, test in rows:
-        counts = (str(sum(map(test, part))) for part in parts.values())
-        lines.append(f"| {name} | {' | '.join(counts)} |")
+    for name in ["all", *(f"domain={d}" for d in DOMAINS), *CHOICES, *TAILS]:
+        lines.append(f"| {name} | {' | '.join(str(column[name]) for column in columns)} |")
     return "\n".join(lines)
 
 

@@ -10,10 +10,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from edgedistill.mil_interpreter import Interpreter
+from edgedistill.mil_interpreter import Interpreter, Precision
 from tests.mil_programs import mil, save_program
 
 Array = npt.NDArray[Any]
+Cases = dict[str, tuple[Callable[..., Any], list[Array], Callable[..., Array]]]
 RANDOM = np.random.default_rng(0)
 
 
@@ -26,14 +27,36 @@ def int32(*values: int) -> Array:
 
 
 def run(
-    directory: Path, build: Callable[..., Any], *inputs: Array, precision: str = "float32"
+    directory: Path, build: Callable[..., Any], *inputs: Array, precision: Precision = "float32"
 ) -> list[Array]:
-    """What a one-op program gives: inputs become the model's inputs, in order."""
+    """The outputs of a small program whose inputs are these, in order."""
     package = save_program(directory / "op.mlpackage", build, list(inputs))
-    interpreter = Interpreter(package, precision=precision)  # type: ignore[arg-type]
-    names = list(interpreter.package.inputs)
-    out = interpreter.run(dict(zip(sorted(names), inputs, strict=True)), interpreter.new_state())
+    interpreter = Interpreter(package, precision=precision)
+    out = interpreter.run({f"x{i}": array for i, array in enumerate(inputs)}, {})
     return [out[name] for name in interpreter.package.outputs]
+
+
+def save_cases(directory: Path, cases: Cases) -> Path:
+    """One program with all cases side by side: saving costs more than running."""
+
+    def build(mb: Any, *values: Any) -> list[Any]:
+        left = list(values)
+        results = []
+        for one, inputs, _ in cases.values():
+            results.append(one(mb, *left[: len(inputs)]))
+            left = left[len(inputs) :]
+        return results
+
+    inputs = [array for _, inputs, _ in cases.values() for array in inputs]
+    return save_program(directory / "ops.mlpackage", build, inputs)
+
+
+def run_cases(package: Path, cases: Cases, precision: Precision) -> dict[str, Array]:
+    """Results by case."""
+    inputs = [array for _, inputs, _ in cases.values() for array in inputs]
+    interpreter = Interpreter(package, precision=precision)
+    out = interpreter.run({f"x{i}": array for i, array in enumerate(inputs)}, {})
+    return dict(zip(cases, (out[n] for n in interpreter.package.outputs), strict=True))
 
 
 def wide(x: Array) -> Array:
@@ -49,7 +72,7 @@ X, Y, ROW = half(2, 3, 4), half(2, 3, 4, scale=3), half(1, 4)
 POSITIVE = np.abs(half(2, 5)) + np.float16(0.01)
 
 # name: (build, inputs, expected in float64)
-COMPUTED: dict[str, tuple[Callable[..., Any], list[Array], Callable[..., Array]]] = {
+COMPUTED: Cases = {
     "add": (lambda mb, x, y: mb.add(x=x, y=y), [X, Y], lambda x, y: x + y),
     "add broadcasts": (lambda mb, x, y: mb.add(x=x, y=y), [X, ROW], lambda x, y: x + y),
     "sub": (lambda mb, x, y: mb.sub(x=x, y=y), [X, Y], lambda x, y: x - y),
@@ -76,19 +99,29 @@ COMPUTED: dict[str, tuple[Callable[..., Any], list[Array], Callable[..., Array]]
 }
 
 
+@pytest.fixture(scope="module")
+def computed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_cases(tmp_path_factory.mktemp("computed"), COMPUTED)
+
+
+@pytest.fixture(scope="module")
+def moved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_cases(tmp_path_factory.mktemp("moved"), MOVED)
+
+
 @pytest.mark.parametrize("name", COMPUTED)
-def test_an_arithmetic_op_follows_its_specification(name: str, tmp_path: Path) -> None:
-    build, inputs, expected = COMPUTED[name]
+def test_an_arithmetic_op_follows_its_specification(name: str, computed: Path) -> None:
+    _, inputs, expected = COMPUTED[name]
     exact = expected(*map(wide, inputs))
-    [plain] = run(tmp_path, build, *inputs)
+    plain = run_cases(computed, COMPUTED, "float32")[name]
     np.testing.assert_allclose(plain, exact, rtol=3e-6, atol=1e-6)
     assert plain.shape == exact.shape
 
 
 @pytest.mark.parametrize("name", COMPUTED)
-def test_float16_mode_gives_the_nearest_float16(name: str, tmp_path: Path) -> None:
-    build, inputs, expected = COMPUTED[name]
-    [out] = run(tmp_path, build, *inputs, precision="float16")
+def test_float16_mode_gives_the_nearest_float16(name: str, computed: Path) -> None:
+    _, inputs, expected = COMPUTED[name]
+    out = run_cases(computed, COMPUTED, "float16")[name]
     exact = expected(*map(wide, inputs))
     assert np.array_equal(out, out.astype(np.float16))
     # half a unit in the last place of float16, and a breath for ties seen through float32
@@ -100,7 +133,7 @@ TABLE, IDS = half(7, 3), int32(6, 0, 6, 2).reshape(2, 2)
 CUBE = half(3, 4, 6)
 
 # name: (build, inputs, expected), equal to the last bit
-MOVED: dict[str, tuple[Callable[..., Any], list[Array], Callable[..., Array]]] = {
+MOVED: Cases = {
     "gather rows": (
         lambda mb, x, i: mb.gather(x=x, indices=i, axis=0),
         [TABLE, IDS],
@@ -178,9 +211,9 @@ MOVED: dict[str, tuple[Callable[..., Any], list[Array], Callable[..., Array]]] =
 
 
 @pytest.mark.parametrize("name", MOVED)
-def test_an_op_that_moves_values_moves_them_exactly(name: str, tmp_path: Path) -> None:
-    build, inputs, expected = MOVED[name]
-    [out] = run(tmp_path, build, *inputs, precision="float16")
+def test_an_op_that_moves_values_moves_them_exactly(name: str, moved: Path) -> None:
+    _, inputs, expected = MOVED[name]
+    out = run_cases(moved, MOVED, "float16")[name]
     wanted = expected(*inputs)
     assert out.shape == wanted.shape
     np.testing.assert_array_equal(out, wanted)
@@ -213,7 +246,7 @@ def test_linear_multiplies_by_the_transposed_weight_and_adds_the_bias(tmp_path: 
 @pytest.mark.parametrize("mask", ["none", "float", "bool"])
 @pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-5), ("float16", 3e-3)])
 def test_attention_is_softmax_of_scaled_scores(
-    mask: str, precision: str, tolerance: float, tmp_path: Path
+    mask: str, precision: Precision, tolerance: float, tmp_path: Path
 ) -> None:
     query, key, value = half(1, 2, 3, 8), half(1, 2, 5, 8), half(1, 2, 5, 4)
     visible = np.tril(np.ones((3, 5), dtype=bool), k=2)

@@ -61,7 +61,7 @@ class Prompter:
                 documents=None,
                 **self._specials,
             )
-        except TemplateError as error:
+        except (TemplateError, TypeError, ValueError) as error:
             raise InputError(f"its chat template fails: {error}", where=self._where) from error
 
     def encode(self, prompt: str) -> list[int]:
@@ -123,7 +123,7 @@ def _open_template(student: Path, config: dict[str, Any]) -> Template | None:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=False, extensions=["jinja2.ext.loopcontrols"]
     )
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = time.strftime

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from edgedistill.errors import InputError, UsageError
 from edgedistill.quiet_coremltools import import_coremltools
-from edgedistill.session import Logits, Runtime, Session
+from edgedistill.session import Agreement, Logits, Runtime, Session
 
 PACKAGE = "model.mlpackage"
 # Finite, so that no runtime makes NaN of it, and in float16's range with any score up to 25e3.
@@ -48,8 +48,11 @@ class CoreMl(Runtime):
         "weights and program proven by an interpreter that rounds every result to float16, "
         "device unproven: no Core ML runtime has executed this package"
         if sys.platform != "darwin"
-        else "run by Core ML on this Mac; other devices unproven"
+        else None
     )
+    # Both with float16 activations, whatever the weights are.
+    float_agreement: ClassVar[Agreement] = Agreement(5e-4, 0.99)
+    quantized_agreement: ClassVar[Agreement] = Agreement(5e-4, 0.99)
 
     def __init__(self, precision: Literal["float16", "float32"] = "float16") -> None:
         self.precision = precision

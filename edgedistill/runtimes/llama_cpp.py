@@ -7,12 +7,12 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from edgedistill.errors import InputError, StageError, UnavailableError, UsageError
-from edgedistill.session import Logits, Runtime, Session
+from edgedistill.session import Agreement, Logits, Runtime, Session
 
 WEIGHTS_FILE = "model.gguf"
 BATCH_TOKENS = 512
@@ -31,7 +31,8 @@ class LlamaCpp(Runtime):
     own weights in float32.
     """
 
-    extra = "gguf"
+    extra: ClassVar[str] = "gguf"
+    quantized_agreement: ClassVar[Agreement] = Agreement(2e-2, 0.90)
 
     def open(self, artifact: Path, *, context_tokens: int, threads: int) -> LlamaCppSession:
         """Load ``model.gguf`` of a directory, or a GGUF file that is named itself."""

@@ -19,7 +19,7 @@ from edgedistill.onnx_package import (
     SHIPPED_ACCURACY_LEVEL,
     not_installed,
 )
-from edgedistill.session import Logits, Runtime, Session
+from edgedistill.session import Agreement, Logits, Runtime, Session
 from edgedistill.student import read_json
 
 PREFILL_TOKENS = 512  # attention takes memory for new x total tokens: a long prompt runs in parts
@@ -35,6 +35,8 @@ class OnnxRuntime(Runtime):
     """
 
     extra: ClassVar[str] = "onnx"
+    # MatMulNBits rounds activations to 8 bits at the accuracy level that ships.
+    quantized_agreement: ClassVar[Agreement] = Agreement(2e-2, 0.90)
 
     def __init__(self, accuracy_level: int | None = None) -> None:
         self._accuracy_level = accuracy_level
