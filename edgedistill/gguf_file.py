@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import numpy.typing as npt
 
-from edgedistill.errors import InputError
+from edgedistill.errors import InputError, UnavailableError
 from edgedistill.gguf_blocks import Q2_0
 from edgedistill.quantized import unpack_codes
 
@@ -95,6 +94,7 @@ class GgufFile:
         tensor, blocks = self.tensors[name], self.blocks(name)
         if tensor.type_id == Q2_0.type_id:
             return _dequantize_q2_0(blocks)
+        gguf = gguf_package()
         kind = gguf.GGMLQuantizationType(tensor.type_id)
         try:
             values = gguf.quants.dequantize(blocks, kind)
@@ -195,9 +195,25 @@ class _Header:
         )
 
 
+def gguf_package() -> Any:
+    """The ``gguf`` package, which is imported when it is needed.
+
+    Raises:
+        UnavailableError: it is not installed.
+    """
+    try:
+        import gguf
+    except ImportError as error:
+        raise UnavailableError(
+            f"the gguf package is not installed ({error})", hint="pip install 'edgedistill[gguf]'"
+        ) from error
+    return gguf
+
+
 def _block_size(type_id: int, name: str, path: Path) -> tuple[int, int]:
     if type_id == Q2_0.type_id:
         return Q2_0.block, Q2_0.block_bytes
+    gguf = gguf_package()
     try:
         block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(type_id)]
     except (KeyError, ValueError) as error:

@@ -190,8 +190,8 @@ class _Planner:
         inputs = {
             "artifact": export,
             "student": student,
-            "weights_judge": self._judge(label.partition("/")[0], student),
             "reference_judge": self._judge("reference", self._reference),
+            "weights_judge": self._judge(label.partition("/")[0], student),
         }
         if self._reference is not self._taken_in:
             inputs["base_judge"] = self._judge("student before adapters", self._taken_in)

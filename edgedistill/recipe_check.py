@@ -176,6 +176,6 @@ def _check_budgets(recipe: Recipe, facts: DecoderFacts) -> Iterator[Finding]:
             yield Finding(
                 ("targets", name, "budget", "file_mb"),
                 f"{limit:g} MB, but the weights of the smallest rung, {smallest}, "
-                f"take {sizes[smallest]:.0f} MB",
+                f"take {sizes[smallest]:.3g} MB",
                 "fewer bits, fewer layers, or a larger budget",
             )

@@ -280,7 +280,7 @@ def test_a_run_that_cannot_be_trusted_is_marked(
 def test_a_busy_run_is_repeated_until_one_is_accepted(
     student: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runs = [measured(cpu_seconds=1.0), measured(), measured(cpu_seconds=0.5)]
+    runs = [measured(cpu_seconds=3.0), measured(), measured(cpu_seconds=3.0)]
     monkeypatch.setattr(protocol, "_run", lambda job: runs.pop(0))
     monkeypatch.setattr(protocol, "read_bandwidth_gb_per_s", lambda threads: 20.0)
 
@@ -298,11 +298,14 @@ def test_a_busy_run_is_repeated_until_one_is_accepted(
     assert first.accepted
     assert first.settings["attempt"] == "2 of 3"
     assert len(runs) == 1
-    runs += [measured(cpu_seconds=0.5)] * 2
+    runs += [measured(cpu_seconds=3.0)] * 2
     last = bench()
     assert not last.accepted
     assert last.settings["attempt"] == "3 of 3"
     assert runs == []
+    runs += [measured(cpu_seconds=1.0), measured()]
+    assert not bench().accepted
+    assert len(runs) == 1
 
 
 def test_p95_is_the_slow_tail_of_times_and_of_rates() -> None:

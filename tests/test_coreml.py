@@ -202,9 +202,9 @@ def test_a_context_beyond_the_students_is_refused(
 
 @pytest.mark.parametrize("value", [70000.0, float("nan")])
 def test_a_weight_beyond_float16_is_refused_by_name(
-    value: float, tiny: Tiny, tmp_path: Path
+    value: float, small: Path, tmp_path: Path
 ) -> None:
-    student = Student(tiny("llama"))
+    student = Student(small)
     (tmp_path / "student").mkdir()
     name = "model.layers.0.mlp.up_proj.weight"
     with StudentWriter(tmp_path / "student", student) as writer:

@@ -120,7 +120,7 @@ def test_a_damaged_header_never_ends_in_another_error(exported: Path) -> None:
     rng = np.random.default_rng(0)
     refused = 0
     # The keys of the model come first and the tensors last; the token list between is long.
-    ranges = [(4, 700)] * 200 + [(header_bytes - 2000, header_bytes)] * 200
+    ranges = [(4, 700)] * 100 + [(header_bytes - 2000, header_bytes)] * 100
     for low, high in ranges:
         damaged = whole.copy()
         place = int(rng.integers(low, high))
@@ -130,4 +130,4 @@ def test_a_damaged_header_never_ends_in_another_error(exported: Path) -> None:
             read_gguf_facts(exported)
         except InputError:
             refused += 1
-    assert refused > 200
+    assert refused > 100

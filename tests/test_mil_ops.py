@@ -243,62 +243,90 @@ def test_linear_multiplies_by_the_transposed_weight_and_adds_the_bias(tmp_path: 
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("mask", ["none", "float", "bool"])
+QUERY, KEY, VALUE = half(1, 2, 3, 8), half(1, 2, 5, 8), half(1, 2, 5, 4)
+VISIBLE = np.tril(np.ones((3, 5), dtype=bool), k=2)
+
+
+def attention_case(
+    mask: Array | None,
+) -> tuple[Callable[..., Any], list[Array], Callable[..., Array]]:
+    given = {} if mask is None else {"attn_mask": mask[None, None]}
+
+    def build(mb: Any, q: Any, k: Any, v: Any) -> Any:
+        return mb.scaled_dot_product_attention(query=q, key=k, value=v, **given)
+
+    def expected(q: Array, k: Array, v: Array) -> Array:
+        scores = np.einsum("bhle,bhse->bhls", wide(q), wide(k)) / np.sqrt(8)
+        scores = scores if mask is None else np.where(VISIBLE, scores, -np.inf)
+        return np.asarray(np.einsum("bhls,bhsv->bhlv", softmax(scores), wide(v)))
+
+    return build, [QUERY, KEY, VALUE], expected
+
+
+ATTENTION: Cases = {
+    "no mask": attention_case(None),
+    "float mask": attention_case(np.where(VISIBLE, 0, -4e4).astype(np.float16)),
+    "bool mask": attention_case(VISIBLE),
+}
+
+
 @pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-5), ("float16", 3e-3)])
 def test_attention_is_softmax_of_scaled_scores(
-    mask: str, precision: Precision, tolerance: float, tmp_path: Path
+    precision: Precision, tolerance: float, tmp_path: Path
 ) -> None:
-    query, key, value = half(1, 2, 3, 8), half(1, 2, 5, 8), half(1, 2, 5, 4)
-    visible = np.tril(np.ones((3, 5), dtype=bool), k=2)
-    scores = np.einsum("bhle,bhse->bhls", wide(query), wide(key)) / np.sqrt(8)
-    masks: dict[str, Any] = {
-        "none": {},
-        "float": {"attn_mask": np.where(visible, 0, -4e4).astype(np.float16)[None, None]},
-        "bool": {"attn_mask": visible[None, None]},
-    }
-    if mask != "none":
-        scores = np.where(visible, scores, -np.inf)
-    expected = np.einsum("bhls,bhsv->bhlv", softmax(scores), wide(value))
-    [out] = run(
-        tmp_path,
-        lambda mb, q, k, v: mb.scaled_dot_product_attention(query=q, key=k, value=v, **masks[mask]),
-        query,
-        key,
-        value,
-        precision=precision,
-    )
-    np.testing.assert_allclose(out, expected, atol=tolerance)
+    out = run_cases(save_cases(tmp_path, ATTENTION), ATTENTION, precision)
+    for name, (_, inputs, expected) in ATTENTION.items():
+        np.testing.assert_allclose(out[name], expected(*inputs), atol=tolerance, err_msg=name)
 
 
-@pytest.mark.parametrize("dtype", ["int4", "uint4", "int8", "uint8"])
-@pytest.mark.parametrize("with_offset", [False, True])
-@pytest.mark.parametrize("scale_shape", [(6, 2), (2, 1)])
-def test_blockwise_constants_are_shifted_and_scaled(
-    dtype: str, with_offset: bool, scale_shape: tuple[int, int], tmp_path: Path
-) -> None:
-    bits, low = int(dtype[-1]), 0 if dtype.startswith("u") else -(2 ** (int(dtype[-1]) - 1))
+def blockwise_case(
+    dtype: str, with_offset: bool, scale_shape: tuple[int, int]
+) -> tuple[Callable[..., Any], list[Array], Callable[..., Array]]:
+    """A weight [6, 8] in blocks, seen through a linear of the identity."""
+    bits = int(dtype.lstrip("uint"))
+    low = 0 if dtype.startswith("u") else -(2 ** (bits - 1))
     codes = RANDOM.integers(low, low + 2**bits, (6, 8))
     zeros = RANDOM.integers(low, low + 2**bits, scale_shape)
     scales = half(*scale_shape)
-    stored = mil().types.string_to_nptype(dtype)
-    offset = {"offset": zeros.astype(stored)} if with_offset else {}
 
     def build(mb: Any, x: Any) -> Any:
-        data = codes.astype(stored)
-        return mb.linear(
-            x=x, weight=mb.constexpr_blockwise_shift_scale(data=data, scale=scales, **offset)
+        stored = mil().types.string_to_nptype(dtype)
+        offset = {"offset": zeros.astype(stored)} if with_offset else {}
+        weight = mb.constexpr_blockwise_shift_scale(
+            data=codes.astype(stored), scale=scales, **offset
         )
+        return mb.linear(x=x, weight=weight)
 
-    expected = np.empty((6, 8))
-    for i in range(6):
-        for j in range(8):
-            block = i * scale_shape[0] // 6, j * scale_shape[1] // 8
-            zero = zeros[block] if with_offset else 0
-            expected[i, j] = float(scales[block]) * (codes[i, j] - zero)
-    [out] = run(tmp_path, build, np.eye(8, dtype=np.float16))
-    np.testing.assert_array_equal(out.T, expected)  # products of 8 and 11 bits are exact
-    [rounded] = run(tmp_path, build, np.eye(8, dtype=np.float16), precision="float16")
-    np.testing.assert_array_equal(rounded.T, expected.astype(np.float16))
+    def expected(_: Array) -> Array:
+        weight = np.empty((6, 8))
+        for i in range(6):
+            for j in range(8):
+                block = i * scale_shape[0] // 6, j * scale_shape[1] // 8
+                zero = zeros[block] if with_offset else 0
+                weight[i, j] = float(scales[block]) * (codes[i, j] - zero)
+        return weight.T
+
+    return build, [np.eye(8, dtype=np.float16)], expected
+
+
+BLOCKWISE: Cases = {
+    f"{dtype}, {'offset' if with_offset else 'no offset'}, scales {shape}": blockwise_case(
+        dtype, with_offset, shape
+    )
+    for dtype in ("int4", "uint4", "int8", "uint8")
+    for with_offset in (False, True)
+    for shape in ((6, 2), (2, 1))
+}
+
+
+def test_blockwise_constants_are_shifted_and_scaled(tmp_path: Path) -> None:
+    package = save_cases(tmp_path, BLOCKWISE)
+    plain = run_cases(package, BLOCKWISE, "float32")
+    device = run_cases(package, BLOCKWISE, "float16")
+    for name, (_, inputs, expected) in BLOCKWISE.items():
+        weight = expected(*inputs)  # products of 9 and 11 bits are exact in float32
+        np.testing.assert_array_equal(plain[name], weight, err_msg=name)
+        np.testing.assert_array_equal(device[name], weight.astype(np.float16), err_msg=name)
 
 
 def test_a_table_of_four_values_feeds_the_blockwise_scale(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ REPEATS = {64: 5, 512: 3}  # prompt tokens -> measured requests
 DECODE_TOKENS = 64
 ATTEMPTS = 3
 MIN_CPU_SHARE = 0.9
+HOPELESS_CPU_SHARE = 0.5  # below it the machine will not be quiet in a minute: do not try again
 MAX_SPREAD = 0.10
 
 
@@ -58,6 +59,7 @@ def bench_artifact(
     """Measure an artifact in a process of its own, again when the machine was too busy.
 
     The first of ``ATTEMPTS`` attempts that is accepted counts, else the last one, which is marked.
+    A machine that gives less than ``HOPELESS_CPU_SHARE`` is not asked again.
 
     Args:
         artifact: its directory.
@@ -85,7 +87,7 @@ def bench_artifact(
         bandwidth = read_bandwidth_gb_per_s(threads)
         extra = {"load_average_before": f"{load:.2f}", "attempt": f"{attempt} of {ATTEMPTS}"}
         bench = summarize(job, _run(job), bandwidth, read_bytes, extra)
-        if bench.accepted:
+        if bench.accepted or bench.cpu_share < HOPELESS_CPU_SHARE:
             break
     return bench
 

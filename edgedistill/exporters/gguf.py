@@ -14,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from edgedistill.decoder import DecoderFacts
-from edgedistill.errors import InputError, UnavailableError
+from edgedistill.errors import InputError
 from edgedistill.exporter import Exporter
 from edgedistill.gguf_blocks import F16, F32, LAYOUTS, BlockLayout, pack_blocks
+from edgedistill.gguf_file import GgufFile, gguf_package
 from edgedistill.gguf_layout import ARCHITECTURES, ROPE_DIVISORS, row_order, tensor_name
 from edgedistill.gguf_vocabulary import GgufVocabulary, read_vocabulary
 from edgedistill.progress import track
@@ -54,7 +55,9 @@ class Gguf(Exporter):
         layouts = {
             name: _layout(student, name, shape) for name, shape in facts.tensor_shapes().items()
         }
-        writer = _new_writer(dst / WEIGHTS_FILE, ARCHITECTURES[facts.family])
+        writer: GGUFWriter = gguf_package().GGUFWriter(
+            dst / WEIGHTS_FILE, ARCHITECTURES[facts.family]
+        )
         _add_model(writer, facts, context_tokens)
         writer.add_file_type(_file_type(facts, layouts))
         writer.add_quantization_version(QUANTIZATION_VERSION)
@@ -77,20 +80,8 @@ class Gguf(Exporter):
 
     def weight_bytes(self, artifact: Path) -> int:
         """Bytes of all tensors, without padding, metadata and tokenizer."""
-        from edgedistill.gguf_file import GgufFile
-
         tensors = GgufFile(artifact / WEIGHTS_FILE).tensors.values()
         return sum(tensor.size_bytes for tensor in tensors)
-
-
-def _new_writer(path: Path, architecture: str) -> GGUFWriter:
-    try:
-        from gguf import GGUFWriter
-    except ImportError as error:
-        raise UnavailableError(
-            f"the gguf package is not installed ({error})", hint="pip install 'edgedistill[gguf]'"
-        ) from error
-    return GGUFWriter(path, architecture)
 
 
 def _layout(student: Student, name: str, shape: tuple[int, ...]) -> BlockLayout:
@@ -173,9 +164,7 @@ def _add_model(writer: GGUFWriter, facts: DecoderFacts, context_tokens: int) -> 
     writer.add_rope_freq_base(facts.rope.theta)
     writer.add_layer_norm_rms_eps(facts.norm_eps)
     if facts.rope.scaling is not None and facts.rope.scaling["rope_type"] == "linear":
-        from gguf import RopeScalingType
-
-        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_type(gguf_package().RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(float(facts.rope.scaling["factor"]))
 
 

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from edgedistill.errors import InputError, StageError, UnavailableError, UsageError
+from edgedistill.gguf_file import GgufFile
 from edgedistill.session import Agreement, Logits, Runtime, Session
 
 WEIGHTS_FILE = "model.gguf"
@@ -27,8 +28,8 @@ _error_lines: deque[str] = deque(maxlen=4)
 class LlamaCpp(Runtime):
     """Runs GGUF files on the CPU with the library's own defaults: float16 cache, automatic kernels.
 
-    Its integer kernels round activations to 8 bits: a quantized artifact differs a little from its
-    own weights in float32.
+    Its integer kernels round activations to 8 bits in blocks of 32, so that a quantized artifact is
+    a KL of about 5e-3 away from its own weights in float32 (SmolLM2-135M at 4 and 8 bits).
     """
 
     extra: ClassVar[str] = "gguf"
@@ -238,8 +239,6 @@ def _load(library: Any, path: Path) -> Any:
         return model
     said = _last_errors()
     # Our own reader tells what is damaged; if it finds the file whole, llama.cpp's word stands.
-    from edgedistill.gguf_file import GgufFile
-
     GgufFile(path)
     raise InputError(f"llama.cpp cannot load it: {said}", where=str(path))
 
