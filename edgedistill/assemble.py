@@ -101,6 +101,7 @@ class _Gatherer:
             runtime=steps.runtime,
             path=f"{self._recipe.name}/{steps.rung}/{steps.format}",
             size_bytes=size_bytes,
+            lineage=[step.label for step in steps.export.lineage()],
             weight_bytes=weights.weight_bytes,
             parameters=weights.parameters,
             bits_per_weight=8 * weights.weight_bytes / weights.parameters,

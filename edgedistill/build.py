@@ -77,6 +77,7 @@ def build(options: Options, tell: Say = say) -> tuple[BuildReport, Path]:
     step_reports = pipeline.run(prepared.steps.ordered())
     _warn_of_memory(prepared.recipe, step_reports, tell)
     assembled = assemble(prepared.recipe, prepared.steps, pipeline)
+    limit_gb = prepared.recipe.build.peak_ram_gb
     report = BuildReport(
         recipe=prepared.recipe.name,
         edgedistill=edgedistill.__version__,
@@ -90,6 +91,7 @@ def build(options: Options, tell: Say = say) -> tuple[BuildReport, Path]:
         artifacts=[a.report for a in assembled.artifacts],
         judgements=assembled.judgements,
         steps=step_reports,
+        peak_ram_limit_bytes=int(limit_gb * 1e9) if limit_gb else None,
         machine=_machine(),
         exit_code=assembled.exit_code,
     )

@@ -18,6 +18,7 @@ from edgedistill import errors
 from edgedistill.cache import FileRecord
 from edgedistill.disk import FULL_TEXTS, disk_error, full_disk
 from edgedistill.errors import EdgedistillError, StageError
+from edgedistill.memory import MAXRSS_UNIT
 from edgedistill.progress import PROGRESS_FD
 from edgedistill.task import Task
 
@@ -25,8 +26,6 @@ LOG_TAIL_LINES = 15
 LOG_BYTES = 1_000_000
 CHUNK_BYTES = 65536
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-# ru_maxrss counts kilobytes on Linux and bytes on macOS (getrusage(2)).
-MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ def run_in_child(
     result = json.loads(ended.result) if ended.result else {}
     if ended.code == 0 and "files" in result:
         files = [FileRecord.model_validate(f) for f in result["files"]]
-        return ChildResult(files, seconds, ended.peak_rss_bytes)
+        return ChildResult(files, seconds, result["peak_rss_bytes"])
     raise _failure(ended, result.get("error"), scratch, log)
 
 
@@ -83,7 +82,7 @@ def _job(task: Task, inputs: Mapping[str, Path], scratch: Path) -> dict[str, obj
 @dataclass(frozen=True)
 class _Ended:
     code: int  # of the exit; negative for a signal
-    peak_rss_bytes: int
+    peak_rss_bytes: int  # as the kernel tells a parent, its own share at the fork included
     result: bytes
     output: str
 

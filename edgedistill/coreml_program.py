@@ -26,6 +26,7 @@ import numpy.typing as npt
 
 from edgedistill.coreml_weights import Weights
 from edgedistill.decoder import DecoderFacts
+from edgedistill.progress import track
 from edgedistill.quiet_coremltools import import_coremltools
 from edgedistill.student import Student
 
@@ -109,7 +110,7 @@ class _DecoderGraph:
         self._cos, self._sin = self._rotations(context_tokens)
         self._caches = {n: self._op("read_state", input=s) for n, s in self._states.items()}
         self._mask = self._grouped_mask(mask)
-        for layer in range(facts.layers):
+        for layer in track(range(facts.layers), label="writing Core ML"):
             self._scope = f"layer_{layer}"
             norms = facts.norms(layer)
             x = self._op("add", x=x, y=self._attention(layer, self._norm(x, norms["attention"])))

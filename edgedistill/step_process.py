@@ -19,6 +19,7 @@ from typing import Any
 from edgedistill.cache import record_files
 from edgedistill.disk import FULL_TEXTS, disk_error, full_disk
 from edgedistill.errors import EdgedistillError, StageError
+from edgedistill.memory import peak_rss_bytes
 from edgedistill.task import Task
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -27,15 +28,17 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 def main(job_path: Path, result_end: int) -> int:
     """Run the task that the job file names and write the result, as JSON, to a pipe.
 
-    The result holds ``files`` (what the step wrote) or ``error`` ({kind, message, where, hint}).
-    Any other exception leaves its traceback on stderr, the end of which the parent keeps.
+    The result holds ``files`` (what the step wrote) and ``peak_rss_bytes``, or ``error`` ({kind,
+    message, where, hint}).  Any other exception leaves its traceback on stderr, the end of which
+    the parent keeps.
     """
     job = json.loads(job_path.read_text(encoding="utf-8"))
     _die_with(job["parent"])
     dst = Path(job["dst"])
     try:
         _load_task(job).run({name: Path(p) for name, p in job["inputs"].items()}, dst)
-        result: dict[str, Any] = {"files": [f.model_dump() for f in record_files(dst)]}
+        files = [f.model_dump() for f in record_files(dst)]
+        result: dict[str, Any] = {"files": files, "peak_rss_bytes": peak_rss_bytes()}
     except EdgedistillError as error:
         traceback.print_exc()
         result = {"error": _as_json(error)}

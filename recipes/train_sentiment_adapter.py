@@ -10,7 +10,7 @@ doubt and, since the softmax is over all 49,152 tokens, moves the mass onto the 
 What makes it fit two CPU cores: batches of one length have next to no padding, the LM head (a
 fifth of this student) runs at the last position alone, and the tokens that every prompt starts
 with are computed once a batch and shared. Float32: bfloat16 autocast pays only on CPUs with
-native bfloat16 (on one without, a step took over ten times as long). On a shared machine set
+native bfloat16 (on one without, a step took at least five times as long). On a shared machine set
 OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=0, or two threads mostly wait for each other.
 
 The best checkpoint is chosen on a held-out part of the training split, never on the suite.
@@ -247,10 +247,10 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=HERE / "data" / "sentiment")
     parser.add_argument("--out", type=Path, default=HERE / "data" / "sentiment" / "adapter")
     parser.add_argument("--evaluate", action="store_true", help="score --out on the suite")
-    parser.add_argument("--steps", type=int, default=1100)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--learning-rate", type=float, default=6e-4)
-    parser.add_argument("--every", type=int, default=220, help="steps between held-out scores")
+    parser.add_argument("--learning-rate", type=float, default=8e-4)
+    parser.add_argument("--every", type=int, default=50, help="steps between held-out scores")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.manual_seed(SEED)

@@ -23,7 +23,7 @@ RECIPE = (
 license: apache-2.0
 suite: suite.jsonl
 floor: {{score: 0.01}}
-build: {{peak_ram_gb: 0.001}}
+build: {{threads: 1, peak_ram_gb: 0.001}}
 """
 )
 

@@ -13,7 +13,7 @@ from edgedistill.progress import progress_bar, track
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time, as a list of one; nothing waits."""
     now = [0.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
     monkeypatch.delenv(progress.PROGRESS_FD, raising=False)
     return now
 

