@@ -148,6 +148,7 @@ def _environment(threads: int, terminal: int) -> dict[str, str]:
         **dict.fromkeys(THREAD_VARIABLES, str(threads)),
         "PYTHONPATH": os.pathsep.join([root, *([inherited] if inherited else [])]),
         "PYTHONHASHSEED": "0",
+        "PYTHONFAULTHANDLER": "1",  # a native crash then says where Python was
         "HF_HUB_OFFLINE": "1",  # a step is a function of its inputs, never of the network
         "TOKENIZERS_PARALLELISM": "false",
         PROGRESS_FD: str(terminal),
