@@ -104,6 +104,15 @@ def test_tensors_of_another_shape_than_the_config_says_are_refused(
         read_facts(source)
 
 
+def test_tensors_that_would_be_lost_are_refused_by_name(tiny: Tiny, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(tiny("qwen2"), tmp_path / "student"))
+    config = json.loads((source / "config.json").read_text())
+    config["model_type"] = "llama"  # the same shapes, but without the biases of q, k and v
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"_proj\.bias and 8 more tensors"):
+        read_facts(source)
+
+
 def test_a_student_without_a_tokenizer_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     source, dst = copy(tiny, tmp_path), tmp_path / "dst"
     dst.mkdir()
