@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -122,7 +123,7 @@ def _publish(recipe: Recipe, assembled: Assembled, report: BuildReport, exports:
             aside.mkdir(exist_ok=True)
             write_reports(report, aside)
             replace_files(aside, directory)
-            aside.rmdir()
+            shutil.rmtree(aside)
         except OSError as error:
             raise disk_error(error, directory) from error
     return directory / "report.html"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,20 +144,25 @@ def _stage_problems(
 
 
 def _check_grids(recipe: Recipe, facts: DecoderFacts) -> Iterator[Finding]:
+    everywhere = dict.fromkeys(f for rung in recipe.rungs for f in recipe.formats_of(rung))
+    yield from _unheld(recipe.stages, ("stages",), list(everywhere), facts)
     for rung, steps in recipe.rungs.items():
-        for index, step in enumerate(steps):
-            for grid in step.config.grids(facts):
-                unable = [
-                    name
-                    for name in recipe.formats_of(rung)
-                    if not load_plugin("exporters", name)().holds(grid)
-                ]
-                if unable:
-                    yield Finding(
-                        ("rungs", rung, index, step.name),
-                        f"{grid} cannot be stored exactly in {' or '.join(unable)}",
-                        "choose another grid, or give this rung targets that hold it",
-                    )
+        yield from _unheld(steps, ("rungs", rung), recipe.formats_of(rung), facts)
+
+
+def _unheld(
+    steps: Sequence[StageStep], place: Place, formats: Sequence[str], facts: DecoderFacts
+) -> Iterator[Finding]:
+    exporters = {name: load_plugin("exporters", name)() for name in formats}
+    for index, step in enumerate(steps):
+        for grid in step.config.grids(facts):
+            unable = [name for name, exporter in exporters.items() if not exporter.holds(grid)]
+            if unable:
+                yield Finding(
+                    (*place, index, step.name),
+                    f"{grid} cannot be stored exactly in {' or '.join(unable)}",
+                    "choose another grid, or give this rung targets that hold it",
+                )
 
 
 def _check_budgets(recipe: Recipe, facts: DecoderFacts) -> Iterator[Finding]:

@@ -108,6 +108,11 @@ def test_the_adapter_of_another_model_is_found_before_any_work(tiny: Tiny, tmp_p
         ("[gguf]", "[gguf, gguf]", "'gguf' is given twice"),
         ("{{bits: 8}}", "{{bits: 8, group_size: 48}}", "group_size 48 does not divide"),
         ("{{bits: 8}}", "{{bits: 8, group_size: 64}}", "cannot be stored exactly in gguf"),
+        (
+            "int8: [quantize_rtn: {{bits: 8}}]",
+            "int8: []\nstages: [quantize_rtn: {{bits: 8, group_size: 64}}]",
+            "stages[0].quantize_rtn: int8 group 64 (fixed zero) cannot be stored exactly in gguf",
+        ),
         ("export: [gguf]", "", "give either `export` or `targets`"),
         ("export: [gguf]", "export: [gguf]\nfloor: {{score: 0.5}}", "floor: there is no suite"),
         (
