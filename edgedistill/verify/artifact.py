@@ -19,7 +19,9 @@ PROMPT_LENGTHS = (1, 2, 63, 64, 65)
 CACHED_STEPS = 32
 # A handful of positions scatter more than the mean over a thousand.
 FEW_POSITIONS_SLACK = 10.0
-ADAPTER_EFFECT_RANGE = (0.8, 1.2)
+# 0 is an adapter that is not there, 2 one that was merged twice.  Coarse rounding pulls the share
+# below 1 by itself: 0.67 at 4 bits on the demo student.
+ADAPTER_EFFECT_RANGE = (0.5, 1.5)
 
 
 def verify_artifact(
