@@ -184,16 +184,30 @@ def test_package_carries_tokenizer_template_and_config(
     tiny: Callable[[str], Path], tmp_path: Path
 ) -> None:
     artifact = export(tiny("llama"), tmp_path / "o")
-    for name in (
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "chat_template.jinja",
-        "generation_config.json",
-    ):
+    for name in ("tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
         assert (artifact / name).read_bytes() == (tiny("llama") / name).read_bytes()
     config = json.loads((artifact / "genai_config.json").read_text())
     assert config["model"]["context_length"] == CONTEXT_TOKENS
     assert config["search"]["max_length"] == CONTEXT_TOKENS
+
+
+def test_tokenizer_of_the_package_cuts_as_the_students_in_both_libraries(
+    tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    import onnxruntime_genai
+    from tokenizers import Tokenizer
+
+    from edgedistill.verify.tokenizer import HARD_STRINGS
+
+    artifact = export(tiny("llama"), tmp_path / "o")
+    own, shipped = (
+        Tokenizer.from_file(str(d / "tokenizer.json")) for d in (tiny("llama"), artifact)
+    )
+    genai = onnxruntime_genai.Tokenizer(str(artifact))
+    for text in (*HARD_STRINGS, " ½ ²", "a 1 2  33 b", " ①", "12,345 7"):
+        expected = own.encode(text, add_special_tokens=False).ids
+        assert shipped.encode(text, add_special_tokens=False).ids == expected
+        assert [int(i) for i in genai.encode(text)] == expected
 
 
 def test_end_tokens_join_the_generation_config_and_the_tokenizer(tmp_path: Path) -> None:
