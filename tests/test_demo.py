@@ -85,11 +85,27 @@ def test_an_unquantized_artifact_is_the_reference(
         assert _mean(found.against_reference, "top1") >= 0.995
 
 
+# Known and open: 8-bit activations miss the promise on this text, at its token 1 (README.md).
+MISSED = pytest.mark.xfail(strict=True, reason="multilingual: KL .021 in GGUF, .017 in ONNX")
+
+
 @pytest.mark.parametrize("format_name", FORMATS)
-def test_int8_stays_within_a_hundredth_of_a_nat_over_three_kinds_of_text(
+def test_int8_stays_within_a_hundredth_of_a_nat_on_prose_and_code(
     rungs: dict[str, Rung], tmp_path: Path, format_name: str
 ) -> None:
     found = _verify(rungs, "int8", format_name, tmp_path)
     assert found.passed, found.checks
-    assert len(found.against_reference) == 3
-    assert _mean(found.against_reference, "kl_mean") <= 1e-2
+    by_text = {text.text: text.kl_mean for text in found.against_reference}
+    assert max(by_text["prose"], by_text["code"]) <= 1e-2
+
+
+@pytest.mark.parametrize(
+    "format_name",
+    ["coreml", pytest.param("gguf", marks=MISSED), pytest.param("onnx", marks=MISSED)],
+)
+def test_int8_stays_within_a_hundredth_of_a_nat_on_multilingual_text(
+    rungs: dict[str, Rung], tmp_path: Path, format_name: str
+) -> None:
+    found = _verify(rungs, "int8", format_name, tmp_path)
+    by_text = {text.text: text.kl_mean for text in found.against_reference}
+    assert by_text["multilingual"] <= 1e-2
