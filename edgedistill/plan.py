@@ -204,7 +204,8 @@ class _Planner:
         return self._step(f"{label}: verify", task, **inputs)
 
     def _judge(self, label: str, student: Step) -> Step:
-        task = JudgeLogits(texts=self._recipe.texts, threads=self._threads)
+        recipe = self._recipe
+        task = JudgeLogits(texts=recipe.texts, chat=recipe.chat, threads=self._threads)
         return self._step(f"{label}: float32 logits", task, student=student)
 
     def _score_reference(self) -> Step:

@@ -44,6 +44,21 @@ class Session(ABC):
     def rewind(self, position: int) -> None:
         """Keep the first ``position`` tokens of the cache and forget the others."""
 
+    def prefill_each(self, tails: Sequence[Sequence[int]]) -> Iterator[Logits]:
+        """The logits after the cached tokens and each of ``tails`` on its own: float32 [vocab].
+
+        In order, each tail at least one token; the cache is left as it was.  One after the other
+        here; a runtime that computes several in a batch does so.  The iterator has to be exhausted.
+
+        Raises:
+            UsageError: a tail does not fit into ``context_tokens``.
+        """
+        start = self.position
+        for tail in tails:
+            logits = self.prefill(tail)
+            self.rewind(start)
+            yield logits
+
     def step(self, token: int) -> Logits:
         """Append one token and return the logits after it: float32 [vocab]."""
         return self.prefill([token])

@@ -108,13 +108,15 @@ class JudgeLogits(Task):
     """What ``transformers`` in float32 says on the texts, with a student's weights."""
 
     texts: dict[str, Path]
+    chat: Chat
 
     def run(self, inputs: Mapping[str, Path], dst: Path) -> None:
         """Reads ``student``."""
         from edgedistill.verify.judge import write_judge_logits
         from edgedistill.verify.texts import load_texts
 
-        write_judge_logits(inputs["student"], load_texts(self.texts), dst, threads=self.threads)
+        texts = load_texts(self.texts)
+        write_judge_logits(inputs["student"], texts, dst, chat=self.chat, threads=self.threads)
 
 
 class Verify(Task):

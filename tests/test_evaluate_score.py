@@ -14,7 +14,13 @@ from edgedistill.errors import InputError, StageError, UsageError
 from edgedistill.evaluate import reference
 from edgedistill.evaluate.prompts import Prompt, render_prompts
 from edgedistill.evaluate.reference import equal_length_batches, score_reference
-from edgedistill.evaluate.score import read_scores, read_seconds, score_artifact, score_prompts
+from edgedistill.evaluate.score import (
+    group_by_beginning,
+    read_scores,
+    read_seconds,
+    score_artifact,
+    score_prompts,
+)
 from edgedistill.evaluate.suite import load_suite, sample_cases
 from edgedistill.exporters.gguf import Gguf
 from edgedistill.runtimes.torch_reference import TorchReference, TorchSession
@@ -152,8 +158,35 @@ def test_what_prompts_share_is_computed_once(tiny: Tiny, tmp_path: Path) -> None
     total = sum(len(prompt.ids) for prompt in prompts)
     distinct = {prompt.ids[:n] for prompt in prompts for n in range(1, len(prompt.ids) + 1)}
     assert session.computed >= len(distinct)  # a tree of prefixes is the least possible
-    assert session.computed <= len(distinct) + len(prompts)  # and a repeated prompt costs a token
+    assert session.computed <= len(distinct) + 2 * len(prompts)  # groups compute some ids again
     assert session.computed < total / 2
+
+
+def test_questions_on_the_same_document_share_it() -> None:
+    rng = np.random.default_rng(2)
+    prompts = []
+    for _ in range(4):
+        document = (1, 2, *rng.integers(5, 500, 300).tolist())
+        for question in range(5):
+            ids = (*document, 3, *rng.integers(5, 500, 8).tolist())
+            prompts.append(Prompt(f"{document[2]}-{question}", ids, ((1,), (2,))))
+    groups = list(group_by_beginning(sorted(prompts, key=lambda prompt: prompt.ids)))
+    assert [len(group) for _, group in groups] == [5, 5, 5, 5]
+    assert all(shared == 303 for shared, _ in groups)
+
+
+def test_groups_hold_every_prompt_once_and_leave_it_an_id() -> None:
+    rng = np.random.default_rng(3)
+    prompts = [
+        Prompt(f"c{i}", tuple(rng.integers(0, 3, rng.integers(1, 9)).tolist()), ((1,), (2,)))
+        for i in range(300)
+    ]
+    groups = list(group_by_beginning(sorted(prompts, key=lambda prompt: prompt.ids)))
+    assert sorted(p.id for _, group in groups for p in group) == sorted(p.id for p in prompts)
+    for shared, group in groups:
+        assert len({prompt.ids[:shared] for prompt in group}) == 1
+        assert all(len(prompt.ids) > shared for prompt in group)
+    assert list(group_by_beginning([])) == []
 
 
 def test_batches_hold_one_length_and_lose_no_case() -> None:

@@ -102,6 +102,38 @@ def test_a_quantized_student_is_its_own_dequantized_copy(
         assert _kl(_float32_logits(tiny(family), IDS), found) > 0.1
 
 
+@pytest.mark.parametrize("start", [0, 40])
+def test_tails_read_in_a_batch_are_what_each_is_alone(
+    tiny: Tiny, tmp_path: Path, start: int
+) -> None:
+    rng = np.random.default_rng(1)
+    lengths = [1, 2, 63, 5, 64, 65, 30, 31, 200, 7, *rng.integers(1, 20, 150)]
+    tails = [rng.integers(3, 512, n).tolist() for n in lengths]
+    with _open(tiny("llama"), tmp_path) as session:
+        if start:
+            session.prefill(IDS[:start])
+        together = np.stack(list(session.prefill_each(tails)))
+        assert session.position == start
+        after = session.prefill(IDS[start:])
+        alone = []
+        for tail in tails:
+            session.reset()
+            alone.append(session.prefill([*IDS[:start], *tail]))
+        session.reset()
+        untouched = session.prefill(IDS)
+    assert _kl(np.stack(alone), together) < 1e-5
+    assert _kl(np.stack(alone)[1:], together[:-1]) > 0.1
+    assert _kl(untouched[None], after[None]) < 1e-5
+
+
+def test_a_tail_beyond_the_context_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    with _open(tiny("llama"), tmp_path) as session:
+        session.prefill(IDS)
+        assert len(list(session.prefill_each([IDS[:56], IDS[:56]]))) == 2
+        with pytest.raises(UsageError, match=r"200 \+ 57 tokens do not fit"):
+            list(session.prefill_each([IDS[:2], IDS[:57]]))
+
+
 def test_prefill_and_token_by_token_agree_with_the_stream(tiny: Tiny, tmp_path: Path) -> None:
     with _open(tiny("llama"), tmp_path) as session:
         streamed = _streamed(session, IDS)

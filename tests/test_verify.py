@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from edgedistill.errors import InputError
+from edgedistill.chat import Chat
+from edgedistill.errors import InputError, StageError
 from edgedistill.plugins import load_plugin, plugin_names
 from edgedistill.results import Verification
 from edgedistill.stages.quantize_rtn import GridChoice, QuantizeRtn
@@ -59,7 +60,7 @@ def bench(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory)
     made = Bench(rewrite(base, root / "student", adapt), base, root / "judge", root / "base")
     for student, judge in ((made.student, made.judge), (made.base, made.base_judge)):
         judge.mkdir()
-        write_judge_logits(student, TEXTS, judge, threads=2)
+        write_judge_logits(student, TEXTS, judge, chat=Chat(), threads=2)
     return made
 
 
@@ -175,7 +176,7 @@ def test_a_quantized_artifact_is_judged_on_its_own_weights(
     quantized.mkdir()
     judge.mkdir()
     QuantizeRtn(bits=4, embeddings=GridChoice(bits=8)).run(bench.student, quantized)
-    write_judge_logits(quantized, TEXTS, judge, threads=2)
+    write_judge_logits(quantized, TEXTS, judge, chat=Chat(), threads=2)
     artifact = tmp_path / "artifact"
     artifact.mkdir()
     load_plugin("exporters", format_name)().export(
@@ -238,6 +239,67 @@ def test_judge_is_stored_as_the_log_probabilities_of_the_first_tokens(bench: Ben
     for judged in read_judge_logits(bench.judge):
         assert judged.log_probs.shape == (len(judged.ids), 512)
         np.testing.assert_allclose(np.exp(judged.log_probs).sum(axis=-1), 1.0, atol=1e-4)
+
+
+@pytest.fixture
+def copied(tiny: Callable[[str], Path], tmp_path: Path) -> Path:
+    return shutil.copytree(tiny("llama"), tmp_path / "copied")
+
+
+def judged_text(student: Path, root: Path, text: str, chat: Chat = Chat()) -> str:  # noqa: B008
+    """What the judge read, special tokens spelt out."""
+    from transformers import AutoTokenizer
+
+    root.mkdir()
+    write_judge_logits(student, {"text": text}, root, chat=chat, threads=2)
+    (judged,) = read_judge_logits(root)
+    read: str = AutoTokenizer.from_pretrained(str(student)).decode(judged.ids)
+    return read
+
+
+def test_texts_are_read_as_the_users_message(copied: Path, tmp_path: Path) -> None:
+    template = "<{{ messages[0].content }}|{{ messages[1].content }}|{{ mood }}>"
+    (copied / "chat_template.jinja").write_text(template)
+    chat = Chat(system="Be brief.", template_args={"mood": "calm"})
+    read = judged_text(copied, tmp_path / "judge", "\nHello there. \n", chat)
+    assert read == "<Be brief.|Hello there.|calm>"
+
+
+def test_what_stands_before_a_text_does_not_count_towards_its_tokens(
+    copied: Path, tmp_path: Path
+) -> None:
+    template = "{{ 'so ' * 30 }}{{ messages[0].content }} and the end"
+    (copied / "chat_template.jinja").write_text(template)
+    opening = judged_text(copied, tmp_path / "short", "xyz").partition("xyz")[0]
+    judged_text(copied, tmp_path / "judge", "Hello there. " * 600)
+    (judged,) = read_judge_logits(tmp_path / "judge")
+    from transformers import AutoTokenizer
+
+    before = AutoTokenizer.from_pretrained(str(copied))(opening, add_special_tokens=False)
+    assert opening == "so " * 30
+    assert len(judged.ids) == min(256, len(before.input_ids) + 400)
+
+
+def test_without_a_template_a_text_follows_the_beginning_of_sequence(
+    copied: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    (copied / "chat_template.jinja").unlink()
+    bos = AutoTokenizer.from_pretrained(str(copied)).bos_token
+    assert bos
+    assert judged_text(copied, tmp_path / "judge", "Hello there.") == f"{bos}Hello there."
+
+
+def test_judges_that_read_other_ids_are_not_compared(
+    bench: Bench, copied: Path, tmp_path: Path
+) -> None:
+    (copied / "chat_template.jinja").write_text("Today is Monday. {{ messages[0].content }}")
+    monday = tmp_path / "monday"
+    monday.mkdir()
+    write_judge_logits(copied, TEXTS, monday, chat=Chat(), threads=2)
+    with pytest.raises(StageError, match="different token ids"):
+        verify(replace(bench, base_judge=monday), copied, tmp_path, "gguf")
 
 
 def test_texts_of_a_recipe_join_the_built_in_ones(tmp_path: Path) -> None:

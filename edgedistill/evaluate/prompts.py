@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgedistill.chat import Chat
+from edgedistill.chat import Chat, load_tokenizer, render_conversation
 from edgedistill.errors import InputError
 from edgedistill.evaluate.suite import Case
 
@@ -56,7 +56,15 @@ def render_prompts(
             without tokens, cases that do not fit into the context.
     """
     tokenizer = load_tokenizer(student)
-    texts = [_render(tokenizer, student, case, chat) for case in cases]
+    texts = [
+        render_conversation(
+            tokenizer,
+            [message.model_dump() for message in case.messages],
+            chat,
+            where=f"{student}, case {case.id}",
+        )
+        for case in cases
+    ]
     continued = [text + c for text, case in zip(texts, cases, strict=True) for c in case.choices]
     alone = _Alone(tokenizer)
     wholes = iter(_encode(tokenizer, continued))
@@ -71,49 +79,6 @@ def render_prompts(
         prompts.append(Prompt(case.id, tuple(ids), tuple(tuple(choice) for choice in choices)))
     _check_lengths(prompts, context_tokens)
     return prompts
-
-
-def load_tokenizer(student: Path) -> Any:
-    """The student's tokenizer by ``transformers``; no code from the directory is run.
-
-    Raises:
-        InputError: there is none, or it cannot be opened.
-    """
-    from transformers import AutoTokenizer
-
-    if not (student / "tokenizer.json").is_file():
-        raise InputError("holds no tokenizer.json", where=str(student))
-    try:
-        return AutoTokenizer.from_pretrained(
-            str(student), local_files_only=True, trust_remote_code=False
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"its tokenizer cannot be opened ({error})", where=str(student)) from error
-
-
-def _render(tokenizer: Any, student: Path, case: Case, chat: Chat) -> str:
-    from jinja2 import TemplateError
-
-    messages = [message.model_dump() for message in case.messages]
-    if chat.system is not None and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": chat.system})
-    if not tokenizer.chat_template:
-        raise InputError(
-            "has no chat template, so a conversation cannot be rendered",
-            where=str(student),
-            hint="put the model's chat_template.jinja into the directory",
-        )
-    try:
-        text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, **chat.template_args
-        )
-    except TemplateError as error:
-        raise InputError(
-            f"the chat template refuses case {case.id}: {error}",
-            where=str(student),
-            hint="its roles or the recipe's chat.template_args do not suit the template",
-        ) from error
-    return str(text)
 
 
 def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:

@@ -1,15 +1,15 @@
 """Score every choice of every case: by an artifact in its runtime.
 
 A choice's score is the sum of the log-probabilities (nats) of its tokens after the prompt; there
-is no division by length.  Consecutive prompts share what they have in common through
-:meth:`Session.rewind`, so a system prompt is computed once.
+is no division by length.  What neighbouring prompts have in common, such as a system prompt, is
+computed once; a runtime that can compute several prompts in a batch does so.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +20,14 @@ from edgedistill.errors import InputError, StageError
 from edgedistill.evaluate.prompts import Prompt, common_prefix, render_prompts
 from edgedistill.evaluate.suite import Case, load_suite, sample_cases
 from edgedistill.plugins import load_plugin
-from edgedistill.progress import track
+from edgedistill.progress import progress_bar
 from edgedistill.session import Logits, Session
 from edgedistill.student import read_json, write_json
 
 SCORES_FILE = "scores.jsonl"
 TIMING_FILE = "timing.json"
+# What a batch of its own costs, in tokens: about a decoded token of a small model.
+SPLIT_TOKENS = 64
 DECIMALS = 6  # of a log-probability: float32 logits carry no more
 
 LogProbs = npt.NDArray[np.float64]
@@ -81,15 +83,54 @@ def score_prompts(session: Session, prompts: Sequence[Prompt]) -> dict[str, LogP
     session.reset()
     # Sorted ids put prompts with the longest common beginnings next to each other.
     ordered = sorted(prompts, key=lambda prompt: prompt.ids)
-    for prompt in track(ordered, total=len(ordered), label="scoring"):
-        # The last prompt token is always computed: its logits are the choices' first.
-        keep = min(common_prefix(cached, prompt.ids), len(prompt.ids) - 1)
-        session.rewind(keep)
-        logits = session.prefill(prompt.ids[keep:])
-        cached = prompt.ids
-        scores[prompt.id] = _score_choices(session, prompt, logits)
-        check_finite(prompt.id, scores[prompt.id])
+    with progress_bar(len(ordered), "scoring") as bar:
+        for shared, group in group_by_beginning(ordered):
+            beginning = group[0].ids[:shared]
+            keep = common_prefix(cached, beginning)
+            session.rewind(keep)
+            if keep < shared:
+                session.prefill(beginning[keep:])
+            cached = beginning
+            for prompt, values in zip(group, _score_group(session, group), strict=True):
+                check_finite(prompt.id, values)
+                scores[prompt.id] = values
+                bar.advance()
     return scores
+
+
+def group_by_beginning(ordered: Sequence[Prompt]) -> Iterator[tuple[int, list[Prompt]]]:
+    """Neighbours in a sorted list, and how many leading ids all of them share.
+
+    The shared ids are computed once a group, the others once a prompt; every prompt keeps at least
+    one id of its own, whose logits are what is asked for.  A prompt that would shorten what the
+    group shares, so that more than ``SPLIT_TOKENS`` tokens were computed again, begins the next.
+    """
+    group: list[Prompt] = []
+    shared = 0
+    for prompt in ordered:
+        own = len(prompt.ids) - 1
+        now = min(own, shared, common_prefix(group[0].ids, prompt.ids)) if group else own
+        if group and (len(group) - 1) * (shared - now) > SPLIT_TOKENS:
+            yield shared, group
+            group, now = [], own
+        group.append(prompt)
+        shared = now
+    if group:
+        yield shared, group
+
+
+def _score_group(session: Session, group: Sequence[Prompt]) -> Iterator[LogProbs]:
+    """float64 [choices] of each prompt; the session's cache holds what the group shares."""
+    shared = session.position
+    if all(len(choice) == 1 for prompt in group for choice in prompt.choices):
+        logits_of_each = session.prefill_each([prompt.ids[shared:] for prompt in group])
+        for prompt, logits in zip(group, logits_of_each, strict=True):
+            first = log_softmax(logits)
+            yield np.array([first[choice[0]] for choice in prompt.choices])
+        return
+    for prompt in group:
+        yield _score_choices(session, prompt, session.prefill(prompt.ids[shared:]))
+        session.rewind(shared)
 
 
 def _score_choices(session: Session, prompt: Prompt, logits: Logits) -> LogProbs:

@@ -19,6 +19,8 @@ WEIGHTS_FILE = "model.gguf"
 BATCH_TOKENS = 512
 # Rows of logits that a call computes at most: 128 x 49152 x 4 bytes = 25 MB.
 LOGIT_ROWS = 128
+# Tails of one cache that a batch holds at most, beside sequence 0, the cache itself.
+TAILS = 63
 _LOG_ERROR = 4  # ggml.h; the table in llama-cpp-python is another
 
 # What the library said last; its log callback is global, and so is this.
@@ -116,8 +118,21 @@ class LlamaCppSession(Session):
             self._wanted[: len(chunk)] = 0
             if start + len(chunk) == len(ids):
                 self._wanted[len(chunk) - 1] = 1
-            self._decode(chunk)
+            self._append(chunk)
         return self._logits(1).reshape(-1)
+
+    def prefill_each(self, tails: Sequence[Sequence[int]]) -> Iterator[Logits]:
+        """Tails that fit together are sequences of one batch, which share the cells of the cache.
+
+        A batch is limited by its buffer and by the cells that the context has left; a tail that
+        is longer than that goes through :meth:`prefill`.
+        """
+        room = min(BATCH_TOKENS, self.context_tokens - self.position)
+        for group in _group(tails, room):
+            if len(group) == 1:
+                yield from super().prefill_each(group)
+            else:
+                yield from self._prefill_together(group)
 
     def stream_logits(self, ids: Sequence[int]) -> Iterator[Logits]:
         """Append tokens and yield the logits after each, at most ``LOGIT_ROWS`` rows at a time."""
@@ -125,7 +140,7 @@ class LlamaCppSession(Session):
         for start in range(0, len(ids), LOGIT_ROWS):
             chunk = ids[start : start + LOGIT_ROWS]
             self._wanted[: len(chunk)] = 1
-            self._decode(chunk)
+            self._append(chunk)
             yield self._logits(len(chunk))
 
     def rewind(self, position: int) -> None:
@@ -166,8 +181,7 @@ class LlamaCppSession(Session):
         self._positions = np.ctypeslib.as_array(batch.pos, (BATCH_TOKENS,))
         self._wanted = np.ctypeslib.as_array(batch.logits, (BATCH_TOKENS,))
         np.ctypeslib.as_array(batch.n_seq_id, (BATCH_TOKENS,))[:] = 1
-        for i in range(BATCH_TOKENS):
-            batch.seq_id[i][0] = 0
+        self._sequences = [batch.seq_id[i] for i in range(BATCH_TOKENS)]
 
     def _check(self, ids: Sequence[int]) -> None:
         if len(ids) == 0:
@@ -180,16 +194,40 @@ class LlamaCppSession(Session):
         if min(ids) < 0 or max(ids) >= self.vocab_size:
             raise UsageError(f"a token is outside the vocabulary of {self.vocab_size}")
 
-    def _decode(self, chunk: Sequence[int]) -> None:
-        count = len(chunk)
-        self._tokens[:count] = chunk
-        self._positions[:count] = np.arange(self.position, self.position + count)
+    def _append(self, chunk: Sequence[int]) -> None:
+        self._put(0, chunk, sequence=0)
+        self._decode(len(chunk))
+        self.position += len(chunk)
+
+    def _prefill_together(self, tails: Sequence[Sequence[int]]) -> Iterator[Logits]:
+        for tail in tails:
+            self._check(tail)
+        count = 0
+        for sequence, tail in enumerate(tails, start=1):
+            self._library.llama_memory_seq_cp(self._memory, 0, sequence, 0, self.position)
+            self._put(count, tail, sequence=sequence)
+            count += len(tail)
+            self._wanted[count - len(tail) : count - 1] = 0
+            self._wanted[count - 1] = 1
+        self._decode(count)
+        for sequence in range(1, len(tails) + 1):
+            self._library.llama_memory_seq_rm(self._memory, sequence, -1, -1)
+        yield from self._logits(len(tails))
+
+    def _put(self, start: int, ids: Sequence[int], *, sequence: int) -> None:
+        """Fill the batch from ``start`` on with tokens that follow the cache."""
+        stop = start + len(ids)
+        self._tokens[start:stop] = ids
+        self._positions[start:stop] = np.arange(self.position, self.position + len(ids))
+        for pointer in self._sequences[start:stop]:
+            pointer[0] = sequence
+
+    def _decode(self, count: int) -> None:
         self._batch.n_tokens = count
         _error_lines.clear()
         status = self._library.llama_decode(self._context, self._batch)
         if status != 0:
             raise StageError(f"llama.cpp's decode returned {status}: {_last_errors()}")
-        self.position += count
 
     def _logits(self, rows: int) -> Logits:
         # The library's buffer is overwritten by the next call: copy (15 us for 49152 values).
@@ -249,6 +287,9 @@ def _new_context(library: Any, model: Any, path: Path, context_tokens: int, thre
     parameters.n_batch = parameters.n_ubatch = BATCH_TOKENS
     parameters.n_outputs_max = parameters.n_outputs_max_per_seq = LOGIT_ROWS
     parameters.n_threads = parameters.n_threads_batch = threads
+    # All sequences share the context's cells; else each would own a fraction of them.
+    parameters.n_seq_max = TAILS + 1
+    parameters.kv_unified = True
     _error_lines.clear()
     context = library.llama_init_from_model(model, parameters)
     if not context:
@@ -257,6 +298,20 @@ def _new_context(library: Any, model: Any, path: Path, context_tokens: int, thre
             where=str(path),
         )
     return context
+
+
+def _group(tails: Sequence[Sequence[int]], room: int) -> Iterator[list[Sequence[int]]]:
+    """Neighbours whose tokens fit into ``room`` together, at most ``TAILS`` of them."""
+    group: list[Sequence[int]] = []
+    count = 0
+    for tail in tails:
+        if group and (count + len(tail) > room or len(group) == TAILS):
+            yield group
+            group, count = [], 0
+        group.append(tail)
+        count += len(tail)
+    if group:
+        yield group
 
 
 def _token_or_none(token: int) -> int | None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from edgedistill.errors import StageError
 from edgedistill.plugins import load_plugin
 from edgedistill.progress import progress_bar, track
 from edgedistill.results import Check, TextDivergence, Verification
@@ -52,6 +53,7 @@ def verify_artifact(
     agreement = runtime.quantized_agreement if quantized else runtime.float_agreement
     weights, reference = read_judge_logits(weights_judge), read_judge_logits(reference_judge)
     base = read_judge_logits(base_judge) if base_judge else None
+    _check_same_ids(weights, reference, *([base] if base else []))
     with runtime.open(artifact, context_tokens=context_tokens, threads=threads) as session:
         own, other, effect = _read_texts(session, weights, reference, base)
         checks = [*_check_logits(own, agreement), *_check_cache(session, weights[0], agreement)]
@@ -65,6 +67,15 @@ def verify_artifact(
         settings=runtime.settings(),
         limitation=runtime.limitation,
     )
+
+
+def _check_same_ids(*judges: list[JudgedText]) -> None:
+    if any([text.ids for text in judge] != [text.ids for text in judges[0]] for judge in judges):
+        raise StageError(
+            "the judge's log-probabilities belong to different token ids",
+            hint="a chat template that writes today's date does that: fix the date by "
+            "chat.template_args, or clear the cache",
+        )
 
 
 def _read_texts(
