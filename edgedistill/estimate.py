@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from edgedistill.decoder import DecoderFacts
 from edgedistill.quantized import Grid
 from edgedistill.recipe import StageStep
+from edgedistill.verify.judge import TOKENS_PER_TEXT
 
 # A process with numpy, and one with torch and transformers, before they hold a tensor.
 BASE_BYTES = 120_000_000
@@ -57,8 +58,12 @@ def _bits(grid: Grid | None, matrix: bool, format_name: str) -> float:
 
 
 def judge_peak_bytes(facts: DecoderFacts) -> int:
-    """Peak memory where ``transformers`` holds the whole student in float32."""
-    return TORCH_BASE_BYTES + 4 * facts.parameters
+    """Peak memory where ``transformers`` holds the whole student in float32, and a text's logits.
+
+    These are in float32 and in float64, before and after the softmax.
+    """
+    logits = TOKENS_PER_TEXT * facts.vocab_size * (4 + 8 + 8 + 4)
+    return TORCH_BASE_BYTES + 4 * facts.parameters + logits
 
 
 def tensor_peak_bytes(facts: DecoderFacts) -> int:

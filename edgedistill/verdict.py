@@ -142,7 +142,7 @@ def _rule_budget(evaluation: Evaluation | None, budget: list[BudgetCheck]) -> Ru
 
 def _failed_clauses(evaluation: Evaluation) -> str:
     failed = [
-        f"{c.clause} is {c.value:.4g} on {c.slice}, the limit {c.limit:g}"
+        f"{c.clause} is {c.value:.4g} on {c.slice}, the limit {c.limit:.4g}"
         for c in evaluation.floor
         if c.verdict == "fail"
     ]

@@ -98,7 +98,8 @@ def _overall(evaluation: Evaluation | None) -> tuple[str, str]:
         return "unjudged", "unjudged"
     overall = evaluation.overall
     interval = words.percent_interval(overall.retention_interval)
-    return words.percent(overall.score), f"{words.percent(overall.retention)} ({interval})"
+    of = f" of {evaluation.cases:,} cases" if words.is_sample(evaluation) else ""
+    return words.percent(overall.score) + of, f"{words.percent(overall.retention)} ({interval})"
 
 
 def _first_speed(artifact: ArtifactReport) -> tuple[str, str]:
@@ -145,7 +146,7 @@ def _quality(artifact: ArtifactReport) -> str:
 
 
 def _flips(evaluation: Evaluation) -> str:
-    if evaluation.cases < evaluation.cases_in_suite:
+    if words.is_sample(evaluation):
         return ""  # the judging format shows them
     broken = [flip for flip in evaluation.flips if flip.kind == "broken"]
     rows = [

@@ -69,7 +69,7 @@ def _template() -> Template:
 
 _FILTERS = (
     *("megabytes", "percent", "percent_interval", "number", "milliseconds", "rate", "duration"),
-    *("signed", "signed_interval", "check_limit", "floor_check", "kl_to_reference"),
+    *("signed", "signed_interval", "check_limit", "floor_check", "kl_to_reference", "is_sample"),
 )
 
 
@@ -165,7 +165,7 @@ def limitations(report: BuildReport) -> list[str]:
         found.append("There is no suite: nothing here says that the model still does its job.")
     for artifact in report.artifacts:
         evaluation, name = artifact.evaluation, f"{artifact.rung}/{artifact.format}"
-        if evaluation is not None and evaluation.cases < evaluation.cases_in_suite:
+        if evaluation is not None and words.is_sample(evaluation):
             found.append(
                 f"{name} answered a sample of {evaluation.cases:,} of the suite's "
                 f"{evaluation.cases_in_suite:,} cases."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from edgedistill.results import (
     BuildReport,
     Evaluation,
     Interval,
+    SliceQuality,
     Timing,
 )
 
@@ -37,15 +39,22 @@ class _Point:
         return self.artifact.size_bytes / 1e6
 
     @property
+    def kept(self) -> float:
+        return self.evaluation.overall.retention
+
+    @property
+    def interval(self) -> Interval:
+        return self.evaluation.overall.retention_interval
+
+    @property
     def is_sample(self) -> bool:
-        return self.evaluation.cases < self.evaluation.cases_in_suite
+        return words.is_sample(self.evaluation)
 
     @property
     def tip(self) -> str:
-        overall = self.evaluation.overall
         return (
-            f"{self.artifact.rung} {self.artifact.format}: {words.percent(overall.score)} "
-            f"({words.percent_interval(overall.score_interval)}) of {self.evaluation.cases:,} "
+            f"{self.artifact.rung} {self.artifact.format}: kept {words.percent(self.kept)} "
+            f"({words.percent_interval(self.interval)}) on {self.evaluation.cases:,} "
             f"cases, {words.megabytes(self.artifact.size_bytes)} MB"
         )
 
@@ -61,18 +70,21 @@ def rungs(report: BuildReport) -> list[str]:
 
 
 def quality_against_size(report: BuildReport) -> str | None:
-    """Score over megabytes with intervals, the floor as a dashed line; None without a suite."""
+    """Retention over megabytes with intervals, the floor as a dashed line; None without a suite.
+
+    Retention, because formats that answered different samples share no other scale.
+    """
     # The whole suite's marks are drawn last, over those of samples.
     points = sorted(_points(report), key=lambda point: not point.is_sample)
     if not points:
         return None
     canvas = Canvas(WIDTH, HEIGHT, "Quality against size, with the floor")
-    floors = _floor_scores(report)
-    x, y = _axes(canvas, points, floors, report)
+    floors = _floor_retentions(report)
+    x, y = _axes(canvas, points, floors)
     taken = _floor_lines(canvas, floors, report, y)
     for point in points:
         _error_bar(canvas, point, x(point.size_mb), y)
-    marks = [(x(p.size_mb), y(p.evaluation.overall.score)) for p in points]
+    marks = [(x(p.size_mb), y(p.kept)) for p in points]
     for point, (left, top) in zip(points, marks, strict=True):
         fill = "filled" if point.artifact.shippable else "hollow"
         canvas.mark(left, top, point.shape, f"mark {fill} rung-{point.colour}", point.tip)
@@ -84,7 +96,7 @@ def quality_against_size(report: BuildReport) -> str | None:
 
 def _error_bar(canvas: Canvas, point: _Point, at: float, y: Scale) -> None:
     """The interval; a sample's is pale, and has no end where it leaves the picture."""
-    interval = point.evaluation.overall.score_interval
+    interval = point.interval
     css = f"error rung-{point.colour}{' pale' if point.is_sample else ''}"
     canvas.line(at, y(interval.low), at, y(interval.high), css)
     for end in (interval.low, interval.high):
@@ -131,44 +143,52 @@ def _points(report: BuildReport) -> list[_Point]:
             colour=order.index(artifact.rung) % COLOURS,
         )
         for artifact in report.artifacts
-        if artifact.evaluation is not None
+        if artifact.evaluation is not None and _is_finite(artifact.evaluation.overall)
     ]
 
 
-def _floor_scores(report: BuildReport) -> dict[str, float]:
-    """Clause with its limit -> the score that it demands; the clauses that are about scores."""
+def _is_finite(quality: SliceQuality) -> bool:
+    """Whether there is a retention to draw: a reference that knows nothing leaves none."""
+    interval = quality.retention_interval
+    return all(map(math.isfinite, (quality.retention, interval.low, interval.high)))
+
+
+def _floor_retentions(report: BuildReport) -> dict[str, float]:
+    """Clause with its limit -> the retention that it demands; the clauses about right answers."""
     found: dict[str, float] = {}
     for artifact in report.artifacts:
         for check in artifact.evaluation.floor if artifact.evaluation else ():
             if check.slice != "all" or check.clause not in ("score", "retention"):
                 continue
-            reference = report.reference.score if report.reference else 1.0
-            factor = reference if check.clause == "retention" else 1.0
-            found[words.clause_limit(check.clause, check.limit)] = check.limit * factor
+            reference = (report.reference.score if report.reference else 0.0) or 1.0
+            whole = reference if check.clause == "score" else 1.0
+            found[words.clause_limit(check.clause, check.limit)] = check.limit / whole
     return found
 
 
 def _axes(
-    canvas: Canvas, points: Sequence[_Point], floors: dict[str, float], report: BuildReport
+    canvas: Canvas, points: Sequence[_Point], floors: dict[str, float]
 ) -> tuple[Scale, Scale]:
-    levels = [*floors.values(), *([report.reference.score] if report.reference else [])]
+    levels = [1.0, *floors.values()]
     for point in points:
-        overall = point.evaluation.overall
-        levels.append(overall.score)
+        levels.append(point.kept)
         if not point.is_sample:  # their long intervals would flatten all others
-            levels += [overall.score_interval.low, overall.score_interval.high]
-    y_ticks = nice_ticks(max(0.0, min(levels) - 0.005), min(1.0, max(levels) + 0.005))
+            levels += [point.interval.low, point.interval.high]
+    y_ticks = nice_ticks(max(0.0, min(levels) - 0.005), max(levels) + 0.005)
     x_ticks = nice_ticks(0.0, 1.06 * max(p.artifact.size_bytes for p in points) / 1e6, 6)
     x = Scale(0.0, x_ticks[-1], PLOT.left, PLOT.right)
     y = Scale(y_ticks[0], y_ticks[-1], PLOT.bottom, PLOT.top)
+    digits = 0 if all(math.isclose(100 * tick, round(100 * tick)) for tick in y_ticks) else 1
     for tick in y_ticks:
         canvas.line(PLOT.left, y(tick), PLOT.right, y(tick), "grid")
-        canvas.text(PLOT.left - 10, y(tick) + 4, words.percent(tick, 0), "tick", "end")
+        canvas.text(PLOT.left - 10, y(tick) + 4, words.percent(tick, digits), "tick", "end")
     for tick in x_ticks:
         canvas.line(x(tick), PLOT.bottom, x(tick), PLOT.bottom + 5, "axis")
         canvas.text(x(tick), PLOT.bottom + 20, words.number(tick), "tick", "middle")
     canvas.line(PLOT.left, PLOT.bottom, PLOT.right, PLOT.bottom, "axis")
-    canvas.text(PLOT.left - 48, 16, "right answers, weighted, with 95% interval", "axis-title")
+    canvas.text(
+        PLOT.left - 48, 16, "right answers kept of the reference's, with 95% interval", "axis-title"
+    )
     canvas.text(PLOT.right, HEIGHT - 10, "size of the files that ship, MB", "axis-title", "end")
     return x, y
 
@@ -182,8 +202,8 @@ def _floor_lines(
     if floors:
         canvas.rect(Box(PLOT.left, y(max(floors.values())), PLOT.right, PLOT.bottom), "below")
     if report.reference is not None:
-        name = f"reference {words.percent(report.reference.score)}"
-        lines.append((name, report.reference.score, "reference"))
+        name = f"reference: {words.percent(report.reference.score)} right"
+        lines.append((name, 1.0, "reference"))
     for label, score, css in sorted(lines, key=lambda line: -line[1]):
         canvas.line(PLOT.left, y(score), PLOT.right, y(score), css)
         # Above its line, or below it where another label stands already.

@@ -96,7 +96,8 @@ def _quality(artifact: ArtifactReport) -> tuple[str, str]:
     interval = overall.retention_interval
     half = words.percent((interval.high - interval.low) / 2).rstrip("%")
     retention = f"{words.percent(overall.retention).rstrip('%')} ±{half}"
-    return words.percent(overall.score).rstrip("%"), retention
+    mark = "°" if words.is_sample(artifact.evaluation) else ""
+    return words.percent(overall.score).rstrip("%") + mark, retention
 
 
 def _speed(artifact: ArtifactReport) -> tuple[str, str]:
@@ -113,6 +114,11 @@ def _legend(report: BuildReport) -> str:
     benches = [a.bench for a in report.artifacts if a.bench is not None]
     depth = f" after {min(benches[0].ttft_model_ms)} tokens, p50" if benches else ""
     lines = [f"KL to the reference on the worst text; TTFT and tok/s{depth}; – not measured"]
+    samples = {a.format: a.evaluation for a in report.artifacts if a.evaluation}
+    counts = [f"{e.cases:,} ({name})" for name, e in samples.items() if words.is_sample(e)]
+    if counts:
+        of = words.visible(", ".join(counts))
+        lines.append(f"° of a sample of cases, {of}: compare its retention instead")
     if any(not bench.accepted for bench in benches):
         lines.append("* the machine was busy or its times varied: do not trust this figure")
     return "\n".join(lines)
@@ -129,7 +135,7 @@ def _reasons(report: BuildReport) -> list[RenderableType]:
     for artifact in report.artifacts:
         if artifact.why_not:
             name = f"{artifact.rung}/{artifact.format}"
-            artifacts.setdefault(artifact.why_not, []).append(name)
+            artifacts.setdefault(words.standing(report, artifact).reason, []).append(name)
     lines: list[RenderableType] = [
         Text.assemble((words.visible(", ".join(names)), "bold"), words.visible(f": {why}"))
         for why, names in artifacts.items()

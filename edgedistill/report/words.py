@@ -8,11 +8,20 @@ from dataclasses import dataclass
 from typing import Literal
 
 from edgedistill.errors import ExitCode
-from edgedistill.results import ArtifactReport, BuildReport, Check, FloorCheck, Interval, Verdict
+from edgedistill.results import (
+    ArtifactReport,
+    BuildReport,
+    Check,
+    Evaluation,
+    FloorCheck,
+    Interval,
+    Verdict,
+)
 
 Tone = Literal["good", "bad", "warn", "muted"]
 
 NOT_MEASURED = "not measured"
+SHOWN_CLAUSES = 3
 MARKS: dict[Tone, str] = {"good": "✓", "bad": "✗", "warn": "?", "muted": "–"}
 VERDICT_TONES: dict[Verdict, Tone] = {
     "pass": "good",
@@ -55,7 +64,22 @@ def standing(report: BuildReport, artifact: ArtifactReport) -> Standing:
         also = [t for t in targets if t != artifact.format]
         return Standing(label, "good", f"for {', '.join(also)}" if also else "")
     label, tone = _failure(artifact)
-    return Standing(label, tone, artifact.why_not or "")
+    return Standing(label, tone, _missed(artifact) or artifact.why_not or "")
+
+
+def _missed(artifact: ArtifactReport) -> str:
+    """The clauses of the floor that a verified artifact misses, the first few in words."""
+    verified = artifact.verification is not None and artifact.verification.passed
+    if not verified or artifact.evaluation is None or artifact.evaluation.verdict != "fail":
+        return ""
+    failed = [check for check in artifact.evaluation.floor if check.verdict == "fail"]
+    parts = [
+        floor_check(check) if check.slice == "all" else f"{check.slice}: {floor_check(check)}"
+        for check in failed[:SHOWN_CLAUSES]
+    ]
+    if len(failed) > SHOWN_CLAUSES:
+        parts.append(f"and {len(failed) - SHOWN_CLAUSES} more")
+    return "; ".join(parts)
 
 
 def ship_targets(report: BuildReport, artifact: ArtifactReport) -> list[str]:
@@ -205,6 +229,11 @@ def _clause_value(check: FloorCheck) -> str:
     if check.clause == "max_log_score_loss":
         return f"{signed(check.value)} ({signed_interval(check.interval)})"
     return f"{percent(check.value)} ({percent_interval(check.interval)})"
+
+
+def is_sample(evaluation: Evaluation) -> bool:
+    """Whether an artifact answered only a part of the suite."""
+    return evaluation.cases < evaluation.cases_in_suite
 
 
 def kl_to_reference(artifact: ArtifactReport) -> float | None:
