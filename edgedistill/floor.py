@@ -7,7 +7,6 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
-CLAUSES = ("score", "retention", "max_log_score_loss", "max_broken", "max_bits_per_byte_loss")
 
 
 class Clauses(BaseModel):
@@ -30,8 +29,9 @@ class Clauses(BaseModel):
     max_bits_per_byte_loss: Annotated[float, Field(ge=0.0)] | None = None
 
     def limits(self) -> dict[str, float]:
-        """Clause -> limit of those that are given."""
-        return {n: v for n in CLAUSES if (v := getattr(self, n)) is not None}
+        """Clause -> limit of those that are given, but for that of texts."""
+        names = ("score", "retention", "max_log_score_loss", "max_broken")
+        return {n: v for n in names if (v := getattr(self, n)) is not None}
 
 
 class Floor(Clauses):

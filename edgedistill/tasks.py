@@ -246,3 +246,26 @@ class BenchArtifact(Task):
     def plugins(self) -> list[tuple[Kind, str]]:
         """The runtime."""
         return [("runtimes", self.runtime)]
+
+
+class TakeArtifact(Task):
+    """Link an artifact that lies somewhere, as :class:`Export` would have left it."""
+
+    source: Path
+
+    def run(self, inputs: Mapping[str, Path], dst: Path) -> None:
+        """Writes ``artifact/``."""
+        from edgedistill.artifact_source import find_artifact
+
+        (dst / ARTIFACT).mkdir()
+        find_artifact(self.source).link(dst / ARTIFACT)
+
+    def fingerprint(self, hashes: ContentHashes) -> dict[str, Any]:
+        """What the files hold, wherever they lie."""
+        from edgedistill.artifact_source import find_artifact
+
+        files = find_artifact(self.source).files
+        return {
+            "files": {name: hashes.of(file) for name, file in sorted(files.items())},
+            "threads": self.threads,
+        }

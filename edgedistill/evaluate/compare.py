@@ -21,14 +21,18 @@ from edgedistill.evaluate.score import (
 )
 from edgedistill.evaluate.statistics import Bools, Pairs, macro_f1, share_intervals, shares
 from edgedistill.evaluate.suite import ALL_CASES, Case, ChoiceCase, TextCase, load_suite
+from edgedistill.evaluate.text_judge import judge_texts
 from edgedistill.evaluate.text_statistics import TextPairs
-from edgedistill.floor import Floor, SliceSpec
+from edgedistill.floor import Clauses, Floor, SliceSpec
 from edgedistill.results import Evaluation, Flip, Interval, SliceQuality
 
 SHOWN_FLIPS = 50
 SHOWN_CHARACTERS = 1000  # of a flip's prompt, and of each answer
 SCORE_AGAIN = "score this suite again: it is not the one that was scored"
+LOG_SCORE = "max_log_score_loss"
 _SCORE_OF_KIND = {"choice": np.ndarray, "generate": Answer, "text": TextBits}
+_NAN = float("nan")
+_UNKNOWN = Interval(low=_NAN, high=_NAN)
 
 
 def compare(
@@ -66,14 +70,16 @@ def compare(
     _check_spec(cases, slices)
     asked = [case for case in scored if not isinstance(case, TextCase)]
     texts = [case for case in scored if isinstance(case, TextCase)]
+    _check_clauses_fit(asked, floor, slices)
     pairs = pair_scores(asked, reference_scores, scores)
-    measured = _measure_slices(asked, pairs, texts, pair_texts(texts, reference_scores, scores))
-    checks, verdict = judge(measured, floor, slices)
+    measured = _measure_slices(asked, pairs)
+    read = _select_texts(texts, pair_texts(texts, reference_scores, scores))
+    checks, verdict = judge(measured, floor, slices, judge_texts(read, floor, slices))
     evaluation = Evaluation(
         cases=len(scored),
         cases_in_suite=len(cases),
         runtime=runtime,
-        slices=[found.quality for found in measured.values()],
+        slices=_qualities(measured, read),
         floor=checks,
         flips=_flips(asked, pairs, reference_scores, scores),
         verdict=verdict,
@@ -123,6 +129,22 @@ def _choices(case: Case) -> int:
     return len(case.choices) if isinstance(case, ChoiceCase) else 0
 
 
+def _check_clauses_fit(
+    answered: Sequence[Case], floor: Floor | None, slices: Mapping[str, SliceSpec]
+) -> None:
+    """A clause on a figure that no case can give is a mistake, not a pass."""
+    rows: dict[str, Clauses] = {**({ALL_CASES: floor} if floor else {}), **slices}
+    for name, row in rows.items():
+        cases = [c for c in answered if name in (ALL_CASES, *c.slices)]
+        chosen = any(isinstance(case, ChoiceCase) for case in cases)
+        unfit = [c for c in row.limits() if not cases or (c == LOG_SCORE and not chosen)]
+        if unfit and (cases or name == ALL_CASES):
+            raise InputError(
+                f"{unfit[0]} is held on {name!r}, where no case gives it",
+                hint="choices give a log-score, choices and answers a score, texts bits per byte",
+            )
+
+
 def _check_spec(cases: Sequence[Case], slices: Mapping[str, SliceSpec]) -> None:
     known = {name for case in cases for name in case.slices}
     missing = sorted(set(slices) - known)
@@ -133,65 +155,104 @@ def _check_spec(cases: Sequence[Case], slices: Mapping[str, SliceSpec]) -> None:
         )
 
 
-def _measure_slices(
-    cases: Sequence[Case], pairs: Pairs, texts: Sequence[TextCase], text_pairs: TextPairs
-) -> dict[str, Measured]:
-    """Slice -> what was measured; ``all`` first, then by name."""
-    measured = {ALL_CASES: _measure(ALL_CASES, pairs, text_pairs)}
-    for name in sorted({name for case in [*cases, *texts] for name in case.slices}):
-        answered, read = pairs.select(_within(name, cases)), text_pairs.select(_within(name, texts))
-        measured[name] = _measure(name, answered, read)
+def _measure_slices(cases: Sequence[Case], pairs: Pairs) -> dict[str, Measured]:
+    """Slice -> what was measured of the cases that are answered; ``all`` first, then by name."""
+    if not cases:
+        return {}
+    measured = {ALL_CASES: _measure(ALL_CASES, pairs)}
+    for name in _slice_names(cases):
+        measured[name] = _measure(name, pairs.select(_within(name, cases)))
     return measured
+
+
+def _select_texts(cases: Sequence[TextCase], pairs: TextPairs) -> dict[str, TextPairs]:
+    """Slice -> its texts; ``all`` first, then by name."""
+    if not cases:
+        return {}
+    return {ALL_CASES: pairs} | {
+        name: pairs.select(_within(name, cases)) for name in _slice_names(cases)
+    }
+
+
+def _slice_names(cases: Sequence[Case]) -> list[str]:
+    return sorted({name for case in cases for name in case.slices})
 
 
 def _within(name: str, cases: Sequence[Case]) -> Bools:
     return np.array([name in case.slices for case in cases], dtype=np.bool_)
 
 
-def _measure(name: str, pairs: Pairs, texts: TextPairs) -> Measured:
-    intervals = share_intervals(pairs) if pairs.count else {}
+def _measure(name: str, pairs: Pairs) -> Measured:
+    found, intervals = shares(pairs), share_intervals(pairs)
     choices = pairs.select(pairs.is_choice)
-    if not choices.count:
-        intervals.pop("log_score_loss", None)
-    quality = _answer_quality(name, pairs, choices, intervals)
-    if texts.count:
-        reference, artifact = texts.bits_per_byte()
-        intervals["bits_per_byte_loss"] = texts.loss_interval()
-        found = {
-            "text_cases": texts.count,
-            "bits_per_byte": artifact,
-            "reference_bits_per_byte": reference,
-            "bits_per_byte_loss": artifact - reference,
-            "bits_per_byte_loss_interval": intervals["bits_per_byte_loss"],
+    quality = SliceQuality(
+        slice=name,
+        cases=pairs.count,
+        score=float(found.score),
+        score_interval=intervals["score"],
+        reference_score=float(found.reference_score),
+        retention=float(found.retention),
+        retention_interval=intervals["retention"],
+        log_score=_NAN,
+        log_score_loss=_NAN,
+        log_score_loss_interval=_UNKNOWN,
+        macro_f1=_NAN,
+        broken=float(found.broken),
+        broken_cases=int(pairs.broken.sum()),
+        fixed_cases=int(pairs.fixed.sum()),
+    )
+    if choices.count:
+        chosen = {
+            "log_score": float(np.average(choices.artifact_loss, weights=choices.weights)),
+            "log_score_loss": float(found.log_score_loss),
+            "log_score_loss_interval": intervals["log_score_loss"],
+            "macro_f1": macro_f1(choices.answers, choices.artifact, choices.weights),
         }
-        quality = quality.model_copy(update=found)
+        quality = quality.model_copy(update=chosen)
     return Measured(pairs, quality, intervals)
 
 
-def _answer_quality(
-    name: str, pairs: Pairs, choices: Pairs, intervals: Mapping[str, Interval]
-) -> SliceQuality:
-    """What the cases that are answered give; NaN where there are none."""
-    nan, unknown = float("nan"), Interval(low=float("nan"), high=float("nan"))
-    found = shares(pairs)
-    answered, chosen = bool(pairs.count), bool(choices.count)
+def _qualities(
+    measured: Mapping[str, Measured], texts: Mapping[str, TextPairs]
+) -> list[SliceQuality]:
+    """``all`` first, then by name: what was answered, and what was read."""
+    names = {ALL_CASES: None} | dict.fromkeys(sorted({*measured, *texts} - {ALL_CASES}))
+    found = []
+    for name in names:
+        quality = measured[name].quality if name in measured else _unanswered(name)
+        found.append(_with_texts(quality, texts[name]) if name in texts else quality)
+    return found
+
+
+def _with_texts(quality: SliceQuality, texts: TextPairs) -> SliceQuality:
+    reference, artifact = texts.bits_per_byte()
+    update = {
+        "text_cases": texts.count,
+        "bits_per_byte": artifact,
+        "reference_bits_per_byte": reference,
+        "bits_per_byte_loss": texts.loss(),
+        "bits_per_byte_loss_interval": texts.loss_interval(),
+    }
+    return quality.model_copy(update=update)
+
+
+def _unanswered(name: str) -> SliceQuality:
+    """Of a slice that holds texts alone."""
     return SliceQuality(
         slice=name,
-        cases=pairs.count,
-        score=float(found.score) if answered else nan,
-        score_interval=intervals.get("score", unknown),
-        reference_score=float(found.reference_score) if answered else nan,
-        retention=float(found.retention) if answered else nan,
-        retention_interval=intervals.get("retention", unknown),
-        log_score=float(np.average(choices.artifact_loss, weights=choices.weights))
-        if chosen
-        else nan,
-        log_score_loss=float(found.log_score_loss) if chosen else nan,
-        log_score_loss_interval=intervals.get("log_score_loss", unknown),
-        macro_f1=macro_f1(choices.answers, choices.artifact, choices.weights) if chosen else nan,
-        broken=float(found.broken) if answered else nan,
-        broken_cases=int(pairs.broken.sum()),
-        fixed_cases=int(pairs.fixed.sum()),
+        cases=0,
+        score=_NAN,
+        score_interval=_UNKNOWN,
+        reference_score=_NAN,
+        retention=_NAN,
+        retention_interval=_UNKNOWN,
+        log_score=_NAN,
+        log_score_loss=_NAN,
+        log_score_loss_interval=_UNKNOWN,
+        macro_f1=_NAN,
+        broken=_NAN,
+        broken_cases=0,
+        fixed_cases=0,
     )
 
 
@@ -209,8 +270,8 @@ def _flips(
             id=cases[i].id,
             prompt=_cut(cases[i].question),
             expected=_cut(cases[i].expected),
-            reference_answer=_cut(_given(cases[i], reference)),
-            artifact_answer=_cut(_given(cases[i], artifact)),
+            reference_answer=_cut(_given(cases[i], pairs.reference[i], reference)),
+            artifact_answer=_cut(_given(cases[i], pairs.artifact[i], artifact)),
             slices=list(cases[i].slices),
             kind="broken" if pairs.broken[i] else "fixed",
         )
@@ -218,10 +279,10 @@ def _flips(
     ]
 
 
-def _given(case: Case, scores: Mapping[str, Score]) -> str:
+def _given(case: Case, chosen: int, scores: Mapping[str, Score]) -> str:
+    if isinstance(case, ChoiceCase):
+        return case.choices[chosen]
     score = scores[case.id]
-    if isinstance(case, ChoiceCase) and isinstance(score, np.ndarray):
-        return case.choices[int(score.argmax())]
     return score.text if isinstance(score, Answer) else ""
 
 

@@ -5,7 +5,6 @@ The rules stand in docs/evaluate.md; a change here is a change there.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,9 +20,7 @@ TOLERATED_LOSS = 0.02
 # A protected slice has to be large enough to show a loss of this much.
 VISIBLE_LOSS = 0.05
 
-# The other clauses name a least value.
-_LARGEST_VALUE = {"max_log_score_loss", "max_broken", "max_bits_per_byte_loss"}
-_OF_TEXTS = {"bits_per_byte_loss"}  # the other figures are of the cases that are answered
+_LARGEST_VALUE = {"max_log_score_loss", "max_broken"}  # the other clauses name a least value
 
 
 @dataclass(frozen=True)
@@ -31,9 +28,7 @@ class Measured:
     """One slice: its pairs of answers, and what follows from them.
 
     Attributes:
-        pairs: of all cases but texts; there may be none.
-        intervals: by field of :class:`statistics.Shares`, and of ``bits_per_byte_loss``; a figure
-            that no case gives has none.
+        intervals: by field of :class:`statistics.Shares`.
     """
 
     pairs: Pairs
@@ -47,24 +42,28 @@ class Measured:
 
 
 def judge(
-    slices: Mapping[str, Measured], floor: Floor | None, specs: Mapping[str, SliceSpec]
+    slices: Mapping[str, Measured],
+    floor: Floor | None,
+    specs: Mapping[str, SliceSpec],
+    further: Sequence[FloorCheck] = (),
 ) -> tuple[list[FloorCheck], Verdict]:
     """All checks, and the verdict over them.
 
     Args:
-        slices: name -> what was measured; ``all`` among them.
+        slices: name -> what was measured; ``all`` among them, if any case was answered.
         floor: on all cases; None together with no specs leaves everything unjudged.
         specs: the capability spec, by slice; a slice that it names need not have been measured.
+        further: checks of other cases, such as texts, that the verdict stands on too.
     """
     if floor is None and not specs:
         return [], "unjudged"
     held = floor or Floor()
-    checks = _check_clauses(ALL_CASES, slices[ALL_CASES], held)
+    checks = _check_clauses(ALL_CASES, slices[ALL_CASES], held) if slices else []
     for name, spec in specs.items():
         checks += _check_spec(name, slices.get(name), spec)
     named = {ALL_CASES, *specs}
-    unnamed = {n: found for n, found in slices.items() if n not in named and found.pairs.count}
-    checks += _find_unnamed_losses(unnamed, held)
+    unnamed = {name: found for name, found in slices.items() if name not in named}
+    checks += [*_find_unnamed_losses(unnamed, held), *further]
     return checks, _verdict(checks, held)
 
 
@@ -82,11 +81,21 @@ def _check_spec(name: str, found: Measured | None, spec: SliceSpec) -> list[Floo
         limits = dict(spec.limits())
         if spec.protected:
             limits["protected"] = 0.0
-        return [_not_measured(clause, name, limit) for clause, limit in limits.items()]
+        return [
+            FloorCheck(
+                clause=clause,
+                slice=name,
+                limit=limit,
+                value=None,
+                interval=None,
+                verdict="not measured",
+            )
+            for clause, limit in limits.items()
+        ]
     checks = _check_clauses(name, found, spec)
     if spec.protected:
         checks.append(_check_protected(name, found))
-    if spec.sacrificed and found.pairs.count:
+    if spec.sacrificed:
         checks.append(_loss_check("sacrificed", name, found, limit=1.0, verdict="pass"))
     return checks
 
@@ -97,8 +106,6 @@ def _check_clauses(name: str, found: Measured, clauses: Clauses) -> list[FloorCh
 
 def _check_limit(name: str, found: Measured, clause: str, limit: float) -> FloorCheck:
     figure = clause.removeprefix("max_")
-    if figure not in found.intervals:
-        return _not_measured(clause, name, limit)
     value, interval = float(getattr(found.quality, figure)), found.intervals[figure]
     if clause in _LARGEST_VALUE:
         passes, fails = interval.high <= limit, interval.low > limit
@@ -107,9 +114,7 @@ def _check_limit(name: str, found: Measured, clause: str, limit: float) -> Floor
     needed = None
     if not passes and not fails:
         half_width = interval.high - value if limit > value else value - interval.low
-        counted = found.quality.text_cases if figure in _OF_TEXTS else found.quality.cases
-        if math.isfinite(half_width):
-            needed = more_cases_needed(counted, half_width, limit - value)
+        needed = more_cases_needed(found.quality.cases, half_width, limit - value)
     return FloorCheck(
         clause=clause,
         slice=name,
@@ -121,21 +126,8 @@ def _check_limit(name: str, found: Measured, clause: str, limit: float) -> Floor
     )
 
 
-def _not_measured(clause: str, name: str, limit: float) -> FloorCheck:
-    return FloorCheck(
-        clause=clause,
-        slice=name,
-        limit=limit,
-        value=None,
-        interval=None,
-        verdict="not measured",
-    )
-
-
 def _check_protected(name: str, found: Measured) -> FloorCheck:
     """Fail on a significant loss of right answers; too small a slice decides nothing."""
-    if found.pairs.count == 0:
-        return _not_measured("protected", name, 0.0)
     if found.score_loss > 0.0 and loss_p_value(found.pairs) < SIGNIFICANCE:
         return _loss_check("protected", name, found, limit=0.0, verdict="fail")
     half_width = found.intervals["score_loss"].high - found.score_loss

@@ -84,6 +84,16 @@ class Pairs:
         return np.where(self.is_choice, right, self.artifact_grade)
 
     @property
+    def reference_right(self) -> Bools:
+        """Where the reference is wholly right."""
+        return np.equal(self.reference_score, 1.0)
+
+    @property
+    def artifact_right(self) -> Bools:
+        """Where the artifact is wholly right."""
+        return np.equal(self.artifact_score, 1.0)
+
+    @property
     def broken(self) -> Bools:
         """Where the artifact is less right than the reference."""
         return self.artifact_score < self.reference_score

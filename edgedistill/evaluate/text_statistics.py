@@ -6,12 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from edgedistill.evaluate.statistics import (
-    CONFIDENCE,
-    Bools,
-    Floats,
-    bootstrap_sums,
-)
+from edgedistill.evaluate.statistics import CONFIDENCE, Bools, Floats, bootstrap_sums
 from edgedistill.results import Interval
 
 
@@ -48,8 +43,13 @@ class TextPairs:
             float(bytes_of_each @ self.artifact / total),
         )
 
+    def loss(self) -> float:
+        """The artifact's bits per byte minus the reference's."""
+        reference, artifact = self.bits_per_byte()
+        return artifact - reference
+
     def loss_interval(self) -> Interval:
-        """95% interval of the artifact's bits per byte minus the reference's.
+        """95% interval of :meth:`loss`.
 
         A percentile bootstrap over texts, both models resampled together.  One text says nothing
         of how texts differ: its interval is unbounded.
