@@ -98,29 +98,52 @@ def generate_answers(
             session.rewind(keep)
             logits = session.prefill(prompt.ids[keep:])
             cached = prompt.ids
-            answers[prompt.id] = _answer(session, logits, cases[prompt.id], voice)
+            case = cases[prompt.id]
+            answers[prompt.id] = write_answer(
+                session, logits, voice, max_tokens=case.max_tokens, stop=case.stop, name=case.id
+            )
             bar.advance()
     return answers
 
 
-def _answer(session: Session, logits: Logits, case: GenerateCase, voice: Voice) -> str:
-    """The answer after the prompt, whose logits are given; float32 [vocab]."""
+def write_answer(
+    session: Session,
+    logits: Logits,
+    voice: Voice,
+    *,
+    max_tokens: int,
+    stop: Sequence[str],
+    name: str,
+) -> str:
+    """The greedy answer after a prompt with which the session's cache ends.
+
+    Args:
+        session: which the answer's tokens are appended to.
+        logits: after the prompt, float32 [vocab].
+        voice: where answers end.
+        max_tokens: of the answer.
+        stop: texts that end it.
+        name: of the case, for errors.
+
+    Raises:
+        StageError: the logits are not finite.
+    """
     ids: list[int] = []
     while True:
         if not np.isfinite(logits.max()):
             raise StageError(
-                f"the logits of case {case.id} are not finite after {len(ids)} tokens",
+                f"the logits of case {name} are not finite after {len(ids)} tokens",
                 hint="the artifact overflows or is damaged; verify shows where it departs",
             )
         token = int(logits.argmax())
         if token in voice.end_ids:
             return voice.text(ids)
         ids.append(token)
-        if case.stop:
+        if stop:
             text = voice.text(ids)
-            cuts = [text.find(stop) for stop in case.stop if stop in text]
+            cuts = [text.find(end) for end in stop if end in text]
             if cuts:
                 return text[: min(cuts)]
-        if len(ids) == case.max_tokens:
+        if len(ids) == max_tokens:
             return voice.text(ids)
         logits = session.step(token)
