@@ -8,6 +8,7 @@ context that is too long loses its beginning.  The tests hold both to the same n
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -119,16 +120,15 @@ class SessionLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
             )
         nats, greedy, position = 0.0, True, 0
         logits = self._after(context[-room:])
-        rows = [logits[None]]
-        if len(continuation) > 1:
-            rows.extend(self._session.stream_logits(continuation[:-1]))
-            self._cached += tuple(continuation[:-1])
-        for chunk in rows:
+        later = continuation[:-1]
+        chunks = self._session.stream_logits(later) if later else iter(())
+        for chunk in chain([logits[None]], chunks):
             for row, log_probs in zip(chunk, log_softmax(chunk), strict=True):
                 token = continuation[position]
                 nats += float(log_probs[token])
                 greedy = greedy and int(row.argmax()) == token
                 position += 1
+        self._cached += tuple(later)
         if not np.isfinite(nats):
             raise StageError("the log-probabilities are not finite: the artifact is damaged")
         return nats, greedy
@@ -146,7 +146,7 @@ class SessionLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         Raises:
             UsageError: a task that samples.
         """
-        asked = [(self.tok_encode(context), options) for context, options in _args(requests)]
+        asked = [(self.tok_encode(context) or [self.prefix_token_id], options) for context, options in _args(requests)]
         found: dict[int, str] = {}
         with progress_bar(len(asked), "lm-eval: answering") as bar:
             for i in sorted(range(len(asked)), key=lambda i: asked[i][0]):

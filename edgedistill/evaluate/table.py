@@ -23,7 +23,7 @@ VERDICTS = {
     "unjudged": "unjudged: no floor was given",
     "not measured": "not measured",
 }
-HEADINGS = ("cases", "score\n%", "reference\n%", "retention\n% (95%)", "broken/\nfixed")
+HEADINGS = ("cases", "score\n%", "ref.\n%", "retention\n% (95%)", "broken\n/fixed")
 
 
 def render_evaluation(evaluation: Evaluation, name: str) -> Group:
@@ -55,18 +55,18 @@ def _heading(evaluation: Evaluation, name: str) -> Text:
 
 def _slices(evaluation: Evaluation) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), header_style="dim")
-    table.add_column("slice", no_wrap=True, max_width=32)
+    table.add_column("slice", overflow="fold", max_width=32)
     columns = list(HEADINGS)
     chosen = any(math.isfinite(found.log_score) for found in evaluation.slices)
     read = any(found.text_cases for found in evaluation.slices)
     columns += ["log-score\nloss, nats"] if chosen else []
-    columns += ["bits/byte", "reference\nbits/byte"] if read else []
+    columns += ["bits/byte\n(loss)"] if read else []
     for heading in columns:
         table.add_column(heading, justify="right", no_wrap=True)
     for found in evaluation.slices:
         row = _answered(found)
         row += [_finite(found.log_score_loss)] if chosen else []
-        row += [_bits(found.bits_per_byte), _bits(found.reference_bits_per_byte)] if read else []
+        row += [_bits(found)] if read else []
         table.add_row(Text(words.visible(found.slice)), *row)
     return table
 
@@ -89,8 +89,10 @@ def _finite(value: float) -> str:
     return words.signed(value) if math.isfinite(value) else "–"
 
 
-def _bits(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"
+def _bits(found: SliceQuality) -> str:
+    if found.bits_per_byte is None or found.bits_per_byte_loss is None:
+        return "–"
+    return f"{found.bits_per_byte:.3f} ({words.signed(found.bits_per_byte_loss)})"
 
 
 def _fields(fields: list[FieldQuality]) -> Table:
