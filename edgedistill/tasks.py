@@ -199,7 +199,11 @@ class Score(Task):
 
 
 class Compare(Task):
-    """Judge an artifact's scores against the reference's."""
+    """Judge an artifact's scores against the reference's.
+
+    Attributes:
+        suite: the files that were scored; none where scoring the reference wrote ``suite.jsonl``.
+    """
 
     runtime: str
     suite: tuple[Path, ...]
@@ -209,9 +213,10 @@ class Compare(Task):
     def run(self, inputs: Mapping[str, Path], dst: Path) -> None:
         """Reads ``reference_scores`` and ``artifact_scores``, writes ``evaluation.json``."""
         from edgedistill.evaluate.compare import compare
+        from edgedistill.evaluate.suite import SUITE_FILE
 
         compare(
-            self.suite,
+            self.suite or (inputs["reference_scores"] / SUITE_FILE,),
             inputs["reference_scores"],
             inputs["artifact_scores"],
             floor=self.floor,
@@ -269,3 +274,35 @@ class TakeArtifact(Task):
             "files": {name: hashes.of(file) for name, file in sorted(files.items())},
             "threads": self.threads,
         }
+
+
+class ScoreHarness(Task):
+    """Run a task of lm-evaluation-harness on an artifact, or on the reference itself."""
+
+    name: str
+    directory: Path | None
+    runtime: str
+    sample: int | None
+    chat: Chat
+    context_tokens: int
+
+    def run(self, inputs: Mapping[str, Path], dst: Path) -> None:
+        """Reads ``student`` and ``artifact``, if given; writes ``suite.jsonl`` and scores."""
+        from edgedistill.evaluate.harness import HarnessTask, score_task
+
+        artifact = inputs["artifact"] / ARTIFACT if "artifact" in inputs else inputs["student"]
+        score_task(
+            artifact,
+            self.runtime,
+            inputs["student"],
+            HarnessTask(name=self.name, directory=self.directory),
+            dst,
+            sample=self.sample,
+            chat=self.chat,
+            threads=self.threads,
+            context_tokens=self.context_tokens,
+        )
+
+    def plugins(self) -> list[tuple[Kind, str]]:
+        """The runtime."""
+        return [("runtimes", self.runtime)]

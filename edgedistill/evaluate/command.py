@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from edgedistill.artifact_source import find_artifact
 from edgedistill.cache import Cache
+from edgedistill.chat import Chat
 from edgedistill.content import ContentHashes
 from edgedistill.errors import ExitCode, UsageError
 from edgedistill.evaluate.criteria import read_criteria
+from edgedistill.evaluate.harness import HarnessTask, find_task
 from edgedistill.evaluate.suite import load_suite
 from edgedistill.intake import read_facts, resolve_student
 from edgedistill.pipeline import Pipeline, Say, Step, say
+from edgedistill.plan import REFERENCE_RUNTIME
 from edgedistill.plugins import load_plugin
 from edgedistill.results import Evaluation, Verdict
+from edgedistill.task import Task
 from edgedistill.tasks import (
     EVALUATION_FILE,
     Compare,
     Score,
+    ScoreHarness,
     ScoreReference,
     TakeArtifact,
     TakeIn,
@@ -41,7 +46,7 @@ class Request:
 
     Attributes:
         artifact: a GGUF file, a directory with an ONNX graph, a Core ML package.
-        suite: JSONL files.
+        suite: JSONL files, or one ``lm_eval:TASK``.
         reference: the student that it is compared with, as a recipe's ``student`` names it.
         floor: a recipe, or a floor as JSON; None judges nothing.
         sample: number of cases; None scores all.
@@ -90,38 +95,76 @@ def _plan(request: Request) -> Step:
         raise UsageError(f"--sample {request.sample}: at least one case is needed")
     criteria = read_criteria(request.floor)
     artifact = find_artifact(request.artifact)
-    load_suite(request.suite)
+    task = find_task(request.suite)
+    if task is None:
+        load_suite(request.suite)
     source = resolve_student(request.reference, Path.cwd())
     claimed = request.context_tokens or criteria.context_tokens or artifact.claims.context_tokens
-    context_tokens = claimed or min(CONTEXT_TOKENS, read_facts(source).max_context_tokens)
-    chat = criteria.chat if criteria.chat is not None else artifact.claims.chat
-    runtime = load_plugin("exporters", artifact.format).runtime
-    hashes, threads = ContentHashes(), request.threads
-    suite = tuple(path.absolute() for path in request.suite)
-    reference = Step("take in the reference", TakeIn(source=source), hashes=hashes)
-    taken = Step(
-        "take in the artifact", TakeArtifact(source=request.artifact.absolute()), hashes=hashes
+    plan = _Plan(
+        request=request,
+        suite=() if task else tuple(path.absolute() for path in request.suite),
+        runtime=load_plugin("exporters", artifact.format).runtime,
+        chat=criteria.chat if criteria.chat is not None else artifact.claims.chat,
+        context_tokens=claimed or min(CONTEXT_TOKENS, read_facts(source).max_context_tokens),
     )
-    score_reference = ScoreReference(
-        suite=suite, chat=chat, context_tokens=context_tokens, threads=threads
-    )
-    score = Score(
-        runtime=runtime,
-        suite=suite,
-        sample=request.sample,
-        chat=chat,
-        context_tokens=context_tokens,
-        threads=threads,
-    )
+    student = plan.step("take in the reference", TakeIn(source=source))
+    taken = plan.step("take in the artifact", TakeArtifact(source=request.artifact.absolute()))
     scores = {
-        "reference_scores": Step(
-            "reference: score", score_reference, {"student": reference}, hashes
-        ),
-        "artifact_scores": Step(
-            "artifact: score", score, {"artifact": taken, "student": reference}, hashes
-        ),
+        "reference_scores": plan.score_reference(task, student=student),
+        "artifact_scores": plan.score_artifact(task, artifact=taken, student=student),
     }
     compare = Compare(
-        runtime=runtime, suite=suite, floor=criteria.floor, slices=criteria.slices
+        runtime=plan.runtime, suite=plan.suite, floor=criteria.floor, slices=criteria.slices
     )
-    return Step("judge", compare, scores, hashes)
+    return plan.step("judge", compare, **scores)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What the steps have in common."""
+
+    request: Request
+    suite: tuple[Path, ...]
+    runtime: str
+    chat: Chat
+    context_tokens: int
+    hashes: ContentHashes = field(default_factory=ContentHashes)
+
+    def step(self, label: str, task: Task, **inputs: Step) -> Step:
+        return Step(label, task, inputs, self.hashes)
+
+    def score_reference(self, task: HarnessTask | None, **inputs: Step) -> Step:
+        if task is not None:
+            return self.step("reference: score", self._harness(task, REFERENCE_RUNTIME), **inputs)
+        # As a build does it, so that its scores are found in the cache.
+        score = ScoreReference(
+            suite=self.suite,
+            chat=self.chat,
+            context_tokens=self.context_tokens,
+            threads=self.request.threads,
+        )
+        return self.step("reference: score", score, **inputs)
+
+    def score_artifact(self, task: HarnessTask | None, **inputs: Step) -> Step:
+        if task is not None:
+            return self.step("artifact: score", self._harness(task, self.runtime), **inputs)
+        score = Score(
+            runtime=self.runtime,
+            suite=self.suite,
+            sample=self.request.sample,
+            chat=self.chat,
+            context_tokens=self.context_tokens,
+            threads=self.request.threads,
+        )
+        return self.step("artifact: score", score, **inputs)
+
+    def _harness(self, task: HarnessTask, runtime: str) -> ScoreHarness:
+        return ScoreHarness(
+            name=task.name,
+            directory=task.directory,
+            runtime=runtime,
+            sample=self.request.sample,
+            chat=self.chat,
+            context_tokens=self.context_tokens,
+            threads=self.request.threads,
+        )

@@ -23,6 +23,7 @@ from edgedistill.evaluate.cases import (
 
 __all__ = [
     "ALL_CASES",
+    "SUITE_FILE",
     "Case",
     "ChoiceCase",
     "GenerateCase",
@@ -33,6 +34,7 @@ __all__ = [
 ]
 
 SHOWN_PROBLEMS = 10
+SUITE_FILE = "suite.jsonl"  # what a step calls a suite that it writes
 
 
 def load_suite(paths: Sequence[Path]) -> list[Case]:
