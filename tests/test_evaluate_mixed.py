@@ -69,6 +69,7 @@ class World:
         floor: Floor | None = None,
         slices: Mapping[str, SliceSpec] | None = None,
         only: str = "",
+        suite: str = "suite.jsonl",
         **changes: Score,
     ) -> Evaluation:
         chosen = [case for case in self.cases if not only or case.kind == only]
@@ -80,7 +81,7 @@ class World:
             write_scores(self.root / name, chosen, scores, seconds=1.0)
         out = self.root / "evaluation.json"
         compare(
-            [self.root / "suite.jsonl"],
+            [self.root / suite],
             self.root / "reference",
             self.root / "artifact",
             floor=floor,
@@ -209,8 +210,19 @@ def test_a_suite_of_texts_alone_is_judged(world: World) -> None:
 def test_a_clause_on_a_figure_that_no_case_gives_is_refused(
     world: World, only: str, floor: Floor, message: str
 ) -> None:
+    lines = (world.root / "suite.jsonl").read_text().split("\n")
+    kept = [line for line in lines if json.loads(line)["kind"] == only]
+    (world.root / "kept.jsonl").write_text("\n".join(kept))
     with pytest.raises(InputError, match=message):
-        world.run(floor, only=only)
+        world.run(floor, only=only, suite="kept.jsonl")
+
+
+def test_a_sample_that_lacks_a_kind_leaves_its_clauses_open(world: World) -> None:
+    evaluation = world.run(Floor(retention=0.5, max_log_score_loss=9.0), only="text")
+    assert [check.verdict for check in evaluation.floor] == ["not measured"] * 2
+    evaluation = world.run(Floor(retention=0.5, max_log_score_loss=9.0), only="generate")
+    assert [check.verdict for check in evaluation.floor] == ["pass", "not measured"]
+    assert evaluation.verdict == "underpowered"
 
 
 def test_scores_of_another_kind_are_refused(world: World) -> None:

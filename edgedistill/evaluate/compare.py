@@ -70,7 +70,7 @@ def compare(
     _check_spec(cases, slices)
     asked = [case for case in scored if not isinstance(case, TextCase)]
     texts = [case for case in scored if isinstance(case, TextCase)]
-    _check_clauses_fit(asked, floor, slices)
+    _check_clauses_fit(cases, floor, slices)
     pairs = pair_scores(asked, reference_scores, scores)
     measured = _measure_slices(asked, pairs)
     read = _select_texts(texts, pair_texts(texts, reference_scores, scores))
@@ -130,15 +130,16 @@ def _choices(case: Case) -> int:
 
 
 def _check_clauses_fit(
-    answered: Sequence[Case], floor: Floor | None, slices: Mapping[str, SliceSpec]
+    suite: Sequence[Case], floor: Floor | None, slices: Mapping[str, SliceSpec]
 ) -> None:
     """A clause on a figure that no case can give is a mistake, not a pass."""
     rows: dict[str, Clauses] = {**({ALL_CASES: floor} if floor else {}), **slices}
     for name, row in rows.items():
-        cases = [c for c in answered if name in (ALL_CASES, *c.slices)]
-        chosen = any(isinstance(case, ChoiceCase) for case in cases)
-        unfit = [c for c in row.limits() if not cases or (c == LOG_SCORE and not chosen)]
-        if unfit and (cases or name == ALL_CASES):
+        kinds = {type(case) for case in suite if name in (ALL_CASES, *case.slices)}
+        answered = kinds - {TextCase}
+        chosen = ChoiceCase in kinds
+        unfit = [c for c in row.limits() if not answered or (c == LOG_SCORE and not chosen)]
+        if unfit:
             raise InputError(
                 f"{unfit[0]} is held on {name!r}, where no case gives it",
                 hint="choices give a log-score, choices and answers a score, texts bits per byte",
@@ -185,6 +186,8 @@ def _within(name: str, cases: Sequence[Case]) -> Bools:
 def _measure(name: str, pairs: Pairs) -> Measured:
     found, intervals = shares(pairs), share_intervals(pairs)
     choices = pairs.select(pairs.is_choice)
+    if not choices.count:
+        del intervals["log_score_loss"]
     quality = SliceQuality(
         slice=name,
         cases=pairs.count,
