@@ -59,7 +59,7 @@ class Quality(Document):
     cases_in_suite: int
     slices: list[SliceQuality]
     floor: list[FloorCheck]
-    fields: list[FieldQuality] = []
+    fields: tuple[FieldQuality, ...] = ()
 
 
 class Manifest(Document):

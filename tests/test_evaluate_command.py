@@ -299,5 +299,3 @@ def test_an_artifact_of_ours_is_linked_not_copied(tiny: Tiny, gguf: Path, tmp_pa
     dst.mkdir()
     find_artifact(tmp_path / "model.gguf").link(dst)
     assert (dst / "model.gguf").stat().st_ino == (tmp_path / "model.gguf").stat().st_ino
-
-

@@ -1,4 +1,4 @@
-"""Held against lm-evaluation-harness's own model of transformers: the same tasks, the same numbers."""
+"""Held against the model of transformers of lm-evaluation-harness: same tasks, same numbers."""
 
 from __future__ import annotations
 
@@ -42,9 +42,7 @@ TASKS = {
         "doc_to_text": "I love this {{word}} ",
         "doc_to_target": "{{choices[answer]}}",
         "generation_kwargs": {"until": ["!", "\n\n"], "max_gen_toks": 8, "do_sample": False},
-        "metric_list": [
-            {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}
-        ],
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
     },
     "tiny_text": {
         "output_type": "loglikelihood_rolling",
@@ -153,9 +151,7 @@ def test_a_changed_template_changes_the_numbers(tiny: Tiny, tasks: Path) -> None
 @needs_harness
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(TASKS))
-def test_a_task_is_judged_as_any_suite(
-    tiny: Tiny, tasks: Path, tmp_path: Path, name: str
-) -> None:
+def test_a_task_is_judged_as_any_suite(tiny: Tiny, tasks: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / "artifact").mkdir()
     Gguf().export(Student(tiny()), tmp_path / "artifact", context_tokens=64)
     request = Request(

@@ -39,8 +39,8 @@ def ask(text: str, **fields: Any) -> dict[str, Any]:
     } | fields
 
 
-def read(text: str, **fields: Any) -> dict[str, Any]:
-    return {"id": text, "kind": "text", "text": text} | fields
+def read(words: str, **fields: Any) -> dict[str, Any]:
+    return {"id": words, "kind": "text", "text": words} | fields
 
 
 def choose(text: str) -> dict[str, Any]:
@@ -107,9 +107,7 @@ def open_model(student: Path) -> Any:
 def conversation(student: Path, text: str) -> str:
     turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": text}]
     tokenizer = load_tokenizer(student)
-    return str(
-        tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    )
+    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
 
 
 def bits_per_byte(student: Path, before: str, text: str) -> float:

@@ -10,7 +10,7 @@ import pytest
 from edgedistill.chat import Chat, load_tokenizer
 from edgedistill.errors import InputError
 from edgedistill.evaluate.prompts import render_prompts
-from edgedistill.evaluate.suite import Case, ChoiceCase, load_suite, sample_cases
+from edgedistill.evaluate.suite import ChoiceCase, load_suite, sample_cases
 
 GOOD: dict[str, Any] = {
     "id": "a",

@@ -101,9 +101,7 @@ def _match(cases: Sequence[Case], scores: Mapping[str, Score], directory: Path) 
     return scored
 
 
-def _match_reference(
-    cases: Sequence[Case], scores: Mapping[str, Score], directory: Path
-) -> None:
+def _match_reference(cases: Sequence[Case], scores: Mapping[str, Score], directory: Path) -> None:
     where = str(directory / SCORES_FILE)
     missing = [case.id for case in cases if case.id not in scores]
     if missing:

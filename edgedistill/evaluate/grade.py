@@ -40,7 +40,9 @@ def grade_answer(case: GenerateCase, answer: str) -> float:
     if case.json_fields is not None:
         counts = count_items(case.json_fields, answer).values()
         total = ItemCounts(
-            sum(c.right for c in counts), sum(c.wrong for c in counts), sum(c.missed for c in counts)
+            sum(c.right for c in counts),
+            sum(c.wrong for c in counts),
+            sum(c.missed for c in counts),
         )
         return total.f1
     if case.regex is not None:

@@ -146,7 +146,10 @@ class SessionLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         Raises:
             UsageError: a task that samples.
         """
-        asked = [(self.tok_encode(context) or [self.prefix_token_id], options) for context, options in _args(requests)]
+        asked = [
+            (self.tok_encode(context) or [self.prefix_token_id], options)
+            for context, options in _args(requests)
+        ]
         found: dict[int, str] = {}
         with progress_bar(len(asked), "lm-eval: answering") as bar:
             for i in sorted(range(len(asked)), key=lambda i: asked[i][0]):
