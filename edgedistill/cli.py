@@ -159,6 +159,54 @@ def schema() -> None:
     _run(run)
 
 
+@app.command()
+def evaluate(
+    artifact: Annotated[
+        Path, typer.Argument(help="A GGUF, ONNX or Core ML model.", metavar="ARTIFACT")
+    ],
+    suite: Annotated[
+        list[Path], typer.Option("--suite", help="Cases, JSON lines; may be repeated.")
+    ],
+    reference: Annotated[
+        str, typer.Option("--reference", help="The student to compare with.", metavar="DIR")
+    ],
+    floor: Annotated[
+        str | None,
+        typer.Option("--floor", help="A recipe, or a floor as JSON.", metavar="RECIPE|JSON"),
+    ] = None,
+    sample: Annotated[
+        int | None, typer.Option("--sample", help="Score so many cases.", metavar="N")
+    ] = None,
+    context_tokens: Annotated[
+        int | None, typer.Option("--context-tokens", help="Room for a case.", metavar="N")
+    ] = None,
+    threads: Annotated[int, typer.Option("--threads", min=1, max=256)] = 2,
+    cache: CacheOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare a model file, whoever made it, with its reference on a suite."""
+
+    def run() -> int:
+        from edgedistill.evaluate.command import Request, evaluate_artifact
+
+        root = (cache or default_cache()).absolute()
+        request = Request(
+            artifact, tuple(suite), reference, root, floor, sample, context_tokens, threads
+        )
+        outcome = evaluate_artifact(request)
+        if outcome.evaluation is not None and as_json:
+            typer.echo(outcome.evaluation.model_dump_json(indent=2))
+        elif outcome.evaluation is not None:
+            from rich.console import Console
+
+            from edgedistill.evaluate.table import render_evaluation
+
+            Console().print(render_evaluation(outcome.evaluation, str(artifact)))
+        return outcome.code
+
+    _run(run)
+
+
 def _options(
     recipe: Path,
     student: str | None,

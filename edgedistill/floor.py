@@ -17,6 +17,7 @@ class Clauses(BaseModel):
         retention: least score / reference score.
         max_log_score_loss: largest rise of the log-score over the reference's, in nats a case.
         max_broken: largest share of the reference's right answers that may be lost.
+        max_bits_per_byte_loss: largest rise of the texts' bits per byte over the reference's.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -25,9 +26,10 @@ class Clauses(BaseModel):
     retention: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     max_log_score_loss: Annotated[float, Field(ge=0.0)] | None = None
     max_broken: Share | None = None
+    max_bits_per_byte_loss: Annotated[float, Field(ge=0.0)] | None = None
 
     def limits(self) -> dict[str, float]:
-        """Clause -> limit of those that are given."""
+        """Clause -> limit of those that are given, but for that of texts."""
         names = ("score", "retention", "max_log_score_loss", "max_broken")
         return {n: v for n in names if (v := getattr(self, n)) is not None}
 

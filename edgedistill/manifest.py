@@ -14,6 +14,7 @@ from edgedistill.results import (
     Bench,
     BudgetCheck,
     Document,
+    FieldQuality,
     FloorCheck,
     SliceQuality,
     Verdict,
@@ -58,6 +59,7 @@ class Quality(Document):
     cases_in_suite: int
     slices: list[SliceQuality]
     floor: list[FloorCheck]
+    fields: tuple[FieldQuality, ...] = ()
 
 
 class Manifest(Document):

@@ -95,6 +95,11 @@ class SliceQuality(Document):
         log_score_loss: log_score minus the reference's.
         broken: share of the reference's right answers that the artifact gets wrong.
         fixed: number of the reference's wrong answers that the artifact gets right.
+        text_cases: texts, which are in none of the figures above but in those below.
+        bits_per_byte: of the texts, lower is better; None where there are none.
+        bits_per_byte_loss: bits_per_byte minus the reference's.
+
+    A figure that no case gives is NaN: the log-score and F1 without choices, all without answers.
     """
 
     slice: str
@@ -111,6 +116,26 @@ class SliceQuality(Document):
     broken: float
     broken_cases: int
     fixed_cases: int
+    text_cases: int = 0
+    bits_per_byte: float | None = None
+    reference_bits_per_byte: float | None = None
+    bits_per_byte_loss: float | None = None
+    bits_per_byte_loss_interval: Interval | None = None
+
+
+class FieldQuality(Document):
+    """How well one field of the JSON answers is extracted, over all cases that grade by fields.
+
+    Attributes:
+        field: its name, dotted where it lies inside another.
+        cases: in which it was expected or given.
+        f1: of its items, weighted by the cases' weights; ``reference_f1`` is the reference's.
+    """
+
+    field: str
+    cases: int
+    f1: float
+    reference_f1: float
 
 
 class FloorCheck(Document):
@@ -142,6 +167,7 @@ class Evaluation(Document):
     flips: list[Flip]
     verdict: Verdict
     seconds: float
+    fields: list[FieldQuality] = []
 
     @property
     def overall(self) -> SliceQuality:

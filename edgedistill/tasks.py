@@ -199,7 +199,11 @@ class Score(Task):
 
 
 class Compare(Task):
-    """Judge an artifact's scores against the reference's."""
+    """Judge an artifact's scores against the reference's.
+
+    Attributes:
+        suite: the files that were scored; none where scoring the reference wrote ``suite.jsonl``.
+    """
 
     runtime: str
     suite: tuple[Path, ...]
@@ -209,9 +213,10 @@ class Compare(Task):
     def run(self, inputs: Mapping[str, Path], dst: Path) -> None:
         """Reads ``reference_scores`` and ``artifact_scores``, writes ``evaluation.json``."""
         from edgedistill.evaluate.compare import compare
+        from edgedistill.evaluate.suite import SUITE_FILE
 
         compare(
-            self.suite,
+            self.suite or (inputs["reference_scores"] / SUITE_FILE,),
             inputs["reference_scores"],
             inputs["artifact_scores"],
             floor=self.floor,
@@ -242,6 +247,61 @@ class BenchArtifact(Task):
             weight_bytes=Weights.model_validate_json(weights).weight_bytes,
         )
         (dst / BENCH_FILE).write_text(found.model_dump_json(indent=2), encoding="utf-8")
+
+    def plugins(self) -> list[tuple[Kind, str]]:
+        """The runtime."""
+        return [("runtimes", self.runtime)]
+
+
+class TakeArtifact(Task):
+    """Link an artifact that lies somewhere, as :class:`Export` would have left it."""
+
+    source: Path
+
+    def run(self, inputs: Mapping[str, Path], dst: Path) -> None:
+        """Writes ``artifact/``."""
+        from edgedistill.artifact_source import find_artifact
+
+        (dst / ARTIFACT).mkdir()
+        find_artifact(self.source).link(dst / ARTIFACT)
+
+    def fingerprint(self, hashes: ContentHashes) -> dict[str, Any]:
+        """What the files hold, wherever they lie."""
+        from edgedistill.artifact_source import find_artifact
+
+        files = find_artifact(self.source).files
+        return {
+            "files": {name: hashes.of(file) for name, file in sorted(files.items())},
+            "threads": self.threads,
+        }
+
+
+class ScoreHarness(Task):
+    """Run a task of lm-evaluation-harness on an artifact, or on the reference itself."""
+
+    name: str
+    directory: Path | None
+    runtime: str
+    sample: int | None
+    chat: Chat
+    context_tokens: int
+
+    def run(self, inputs: Mapping[str, Path], dst: Path) -> None:
+        """Reads ``student`` and ``artifact``, if given; writes ``suite.jsonl`` and scores."""
+        from edgedistill.evaluate.harness import HarnessTask, score_task
+
+        artifact = inputs["artifact"] / ARTIFACT if "artifact" in inputs else inputs["student"]
+        score_task(
+            artifact,
+            self.runtime,
+            inputs["student"],
+            HarnessTask(name=self.name, directory=self.directory),
+            dst,
+            sample=self.sample,
+            chat=self.chat,
+            threads=self.threads,
+            context_tokens=self.context_tokens,
+        )
 
     def plugins(self) -> list[tuple[Kind, str]]:
         """The runtime."""

@@ -28,7 +28,7 @@ class Measured:
     """One slice: its pairs of answers, and what follows from them.
 
     Attributes:
-        intervals: by field of :class:`statistics.Shares`.
+        intervals: by field of :class:`statistics.Shares`, but for a figure that no case gives.
     """
 
     pairs: Pairs
@@ -42,24 +42,29 @@ class Measured:
 
 
 def judge(
-    slices: Mapping[str, Measured], floor: Floor | None, specs: Mapping[str, SliceSpec]
+    slices: Mapping[str, Measured],
+    floor: Floor | None,
+    specs: Mapping[str, SliceSpec],
+    further: Sequence[FloorCheck] = (),
 ) -> tuple[list[FloorCheck], Verdict]:
     """All checks, and the verdict over them.
 
     Args:
-        slices: name -> what was measured; ``all`` among them.
+        slices: name -> what was measured; ``all`` among them, if any case was answered.
         floor: on all cases; None together with no specs leaves everything unjudged.
         specs: the capability spec, by slice; a slice that it names need not have been measured.
+        further: checks of other cases, such as texts, that the verdict stands on too.
     """
     if floor is None and not specs:
         return [], "unjudged"
     held = floor or Floor()
-    checks = _check_clauses(ALL_CASES, slices[ALL_CASES], held)
+    overall = SliceSpec.model_validate(held.limits())
+    checks = _check_spec(ALL_CASES, slices.get(ALL_CASES), overall)
     for name, spec in specs.items():
         checks += _check_spec(name, slices.get(name), spec)
     named = {ALL_CASES, *specs}
     unnamed = {name: found for name, found in slices.items() if name not in named}
-    checks += _find_unnamed_losses(unnamed, held)
+    checks += [*_find_unnamed_losses(unnamed, held), *further]
     return checks, _verdict(checks, held)
 
 
@@ -77,17 +82,7 @@ def _check_spec(name: str, found: Measured | None, spec: SliceSpec) -> list[Floo
         limits = dict(spec.limits())
         if spec.protected:
             limits["protected"] = 0.0
-        return [
-            FloorCheck(
-                clause=clause,
-                slice=name,
-                limit=limit,
-                value=None,
-                interval=None,
-                verdict="not measured",
-            )
-            for clause, limit in limits.items()
-        ]
+        return [_not_measured(clause, name, limit) for clause, limit in limits.items()]
     checks = _check_clauses(name, found, spec)
     if spec.protected:
         checks.append(_check_protected(name, found))
@@ -102,6 +97,8 @@ def _check_clauses(name: str, found: Measured, clauses: Clauses) -> list[FloorCh
 
 def _check_limit(name: str, found: Measured, clause: str, limit: float) -> FloorCheck:
     figure = clause.removeprefix("max_")
+    if figure not in found.intervals:
+        return _not_measured(clause, name, limit)
     value, interval = float(getattr(found.quality, figure)), found.intervals[figure]
     if clause in _LARGEST_VALUE:
         passes, fails = interval.high <= limit, interval.low > limit
@@ -119,6 +116,17 @@ def _check_limit(name: str, found: Measured, clause: str, limit: float) -> Floor
         interval=interval,
         verdict="pass" if passes else "fail" if fails else "underpowered",
         cases_needed=needed,
+    )
+
+
+def _not_measured(clause: str, name: str, limit: float) -> FloorCheck:
+    return FloorCheck(
+        clause=clause,
+        slice=name,
+        limit=limit,
+        value=None,
+        interval=None,
+        verdict="not measured",
     )
 
 

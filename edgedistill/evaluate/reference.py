@@ -1,8 +1,9 @@
-"""Score every choice of every case: by the reference, ``transformers`` in float32, in batches.
+"""Score every case: by the reference, ``transformers`` in float32, choices in batches.
 
 What all prompts begin with is computed once.  Prompts of the same length form a batch, so there is
 no padding to get wrong; the head runs on the last position alone.  The tokens of longer choices
-follow from the batch's own cache.
+follow from the batch's own cache.  Texts and answers in the model's own words go through a session
+of the same model, one after the other.
 """
 
 from __future__ import annotations
@@ -17,10 +18,17 @@ import numpy as np
 
 from edgedistill.chat import Chat
 from edgedistill.evaluate.prompts import Prompt, common_prefix, render_prompts
-from edgedistill.evaluate.score import LogProbs, check_finite, log_softmax, write_scores
-from edgedistill.evaluate.suite import load_suite
+from edgedistill.evaluate.score import (
+    LogProbs,
+    Score,
+    check_finite,
+    log_softmax,
+    score_cases,
+    write_scores,
+)
+from edgedistill.evaluate.suite import ChoiceCase, load_suite
 from edgedistill.progress import progress_bar
-from edgedistill.runtimes.torch_reference import load_model, new_cache
+from edgedistill.runtimes.torch_reference import TorchSession, load_model, new_cache
 
 if TYPE_CHECKING:
     import torch
@@ -56,13 +64,22 @@ def score_reference(
     cases = load_suite(suite)
     prompts = render_prompts(student, cases, chat, context_tokens=context_tokens)
     started = time.monotonic()
-    scores = score_batched(load_model(student, threads=threads), prompts)
+    model = load_model(student, threads=threads)
+    choices = {case.id for case in cases if isinstance(case, ChoiceCase)}
+    scores: dict[str, Score] = {**score_batched(model, [p for p in prompts if p.id in choices])}
+    others = [case for case in cases if case.id not in choices]
+    if others:
+        session = TorchSession(model, student, context_tokens)
+        rest = [prompt for prompt in prompts if prompt.id not in choices]
+        scores |= score_cases(session, others, rest, student, chat)
     write_scores(dst, cases, scores, seconds=time.monotonic() - started)
 
 
 def score_batched(model: Any, prompts: Sequence[Prompt]) -> dict[str, LogProbs]:
     """Case id -> float64 [choices], summed log-probabilities in nats."""
     scores: dict[str, LogProbs] = {}
+    if not prompts:
+        return scores
     beginning = _compute_beginning(model, prompts)
     with progress_bar(len(prompts), "scoring the reference") as bar:
         for batch in equal_length_batches(prompts):
