@@ -87,7 +87,9 @@ def test_a_gguf_of_the_reference_itself_is_unharmed_and_found_again(
     ]
     assert any("reference: score" in line for line in said)
     said.clear()
-    assert evaluate_artifact(asked, said.append) == first
+    again = evaluate_artifact(asked, said.append).evaluation
+    assert again is not None
+    assert again.model_dump_json() == first.evaluation.model_dump_json()
     assert said == []
 
 
@@ -98,8 +100,8 @@ def test_another_model_is_told_from_the_reference(
     outcome = evaluate_artifact(request(other, tiny(), suite, cache))
     assert outcome.evaluation is not None
     overall = outcome.evaluation.overall
-    assert overall.broken_cases + overall.fixed_cases > 3
-    assert overall.log_score_loss > 0.1
+    assert abs(overall.log_score_loss) > 0.1
+    assert abs(overall.bits_per_byte_loss or 0.0) > 0.1
 
 
 def test_the_reference_is_scored_as_in_a_build(
@@ -142,7 +144,8 @@ def test_the_command_prints_a_table_or_json(
 ) -> None:
     other = export(write_student(tmp_path / "other", seed=5), tmp_path / "other-gguf")
     (tmp_path / "recipe.yaml").write_text(
-        "name: x\nfloor: {max_bits_per_byte_loss: 0}\nslices: {odd: {max_log_score_loss: 0.0001}}\n"
+        "name: x\nfloor: {score: 0.99, max_bits_per_byte_loss: 9}\n"
+        "slices: {odd: {max_log_score_loss: 0.0001}}\n"
     )
     arguments = [str(other), "--suite", str(suite), "--reference", str(tiny())]
     arguments += ["--cache", str(cache), "--threads", "1"]
@@ -150,7 +153,12 @@ def test_the_command_prints_a_table_or_json(
     code, out, _ = run(*arguments)
     assert code == 3
     assert "floor is not met" in out
-    for expected in ("texts", "bits/byte", "odd: log-score loss ≤ 1e-4", "changed answers"):
+    for expected in (
+        "texts",
+        "bits/byte",
+        "odd: log-score loss ≤ 1e-4",
+        "one text decides nothing",
+    ):
         assert expected in out
     code, out, err = run(*arguments, "--json")
     assert (code, err) == (3, "")
@@ -289,8 +297,9 @@ def test_control_characters_of_a_suite_do_not_reach_the_terminal(
     assert outcome.evaluation is not None
     console = Console(record=True, width=120, file=(tmp_path / "out").open("w"))
     console.print(render_evaluation(outcome.evaluation, "model\x1b[1m"))
-    assert "\x1b" not in console.export_text()
-    assert "\\x1b[31mred" in console.export_text()
+    shown = console.export_text()
+    assert "\x1b" not in shown
+    assert "\\x1b[31mred" in shown
 
 
 def test_an_artifact_of_ours_is_linked_not_copied(tiny: Tiny, gguf: Path, tmp_path: Path) -> None:

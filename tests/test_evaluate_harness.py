@@ -26,7 +26,7 @@ needs_harness = pytest.mark.skipif(
     reason="the extra lm-eval is not installed",
 )
 WORDS = ["fox", "dog", "film", "plot", "number", "naïve", "café", "42", "lazy", "quick"]
-TASKS = {
+TASKS: dict[str, dict[str, Any]] = {
     "tiny_choice": {
         "output_type": "multiple_choice",
         "doc_to_text": "The quick brown {{word}}",

@@ -182,11 +182,13 @@ def test_kinds_do_not_disturb_each_other(tiny: Tiny, tmp_path: Path) -> None:
         if isinstance(found, Answer):
             assert found == mixed[case.id]
         elif isinstance(found, TextBits):
-            both = mixed[case.id]
-            assert isinstance(both, TextBits)
-            assert found.bits_per_byte == pytest.approx(both.bits_per_byte, abs=1e-4)
+            text = mixed[case.id]
+            assert isinstance(text, TextBits)
+            assert found.bits_per_byte == pytest.approx(text.bits_per_byte, abs=1e-4)
         else:
-            np.testing.assert_allclose(found, mixed[case.id], atol=1e-4)
+            both = mixed[case.id]
+            assert isinstance(both, np.ndarray)
+            np.testing.assert_allclose(found, both, atol=1e-4)
 
 
 def copy_student(src: Path, dst: Path) -> Path:

@@ -121,6 +121,8 @@ def _text_check(check: FloorCheck) -> str:
     text = f"bits per byte loss ≤ {words.number(check.limit)}: "
     if check.value is None or check.interval is None:
         return f"{text}no text was scored"
+    if not math.isfinite(check.interval.high):
+        return f"{text}{words.signed(check.value, 4)}; one text decides nothing"
     text += f"{words.signed(check.value, 4)} ({words.signed_interval(check.interval, 4)})"
     return f"{text}; needs {check.cases_needed:,} more texts" if check.cases_needed else text
 
