@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from edgedistill.beside import Beside
 from edgedistill.chat import Chat
 from edgedistill.content import ContentHashes, plain
 from edgedistill.floor import Floor, SliceSpec
@@ -205,9 +206,11 @@ class Compare(Task):
     suite: tuple[Path, ...]
     floor: Floor | None
     slices: dict[str, SliceSpec]
+    beside: Beside = Beside()
 
     def run(self, inputs: Mapping[str, Path], dst: Path) -> None:
-        """Reads ``reference_scores`` and ``artifact_scores``, writes ``evaluation.json``."""
+        """Reads ``reference_scores`` and ``artifact_scores``; writes ``evaluation.json``, and for the
+        exports ``cases.jsonl`` and, below a router's threshold, ``queue.jsonl``."""
         from edgedistill.evaluate.compare import compare
 
         compare(
@@ -218,6 +221,7 @@ class Compare(Task):
             slices=self.slices,
             runtime=self.runtime,
             out=dst / EVALUATION_FILE,
+            beside=self.beside,
         )
 
 

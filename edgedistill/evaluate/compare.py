@@ -7,8 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
+from edgedistill.beside import Beside
 from edgedistill.errors import InputError
+from edgedistill.evaluate.describe import describe
 from edgedistill.evaluate.judge import Measured, judge
+from edgedistill.evaluate.previous import CASES_FILE, write_cases
+from edgedistill.evaluate.router import QUEUE_FILE, write_queue
 from edgedistill.evaluate.score import SCORES_FILE, LogProbs, read_scores, read_seconds
 from edgedistill.evaluate.statistics import (
     Pairs,
@@ -35,8 +39,12 @@ def compare(
     slices: Mapping[str, SliceSpec],
     runtime: str,
     out: Path,
+    beside: Beside | None = None,
 ) -> None:
     """Write the :class:`Evaluation` of an artifact as JSON.
+
+    Beside it go ``cases.jsonl``, for the next release to compare with, and ``queue.jsonl``, the
+    cases below the router's threshold, where there is one.
 
     Where the artifact was scored on a sample, everything is on the sampled cases, the reference's
     figures included.
@@ -49,6 +57,7 @@ def compare(
         slices: the capability spec.
         runtime: that scored the artifact.
         out: the file to write.
+        beside: what else is asked for; None asks for nothing.
 
     Raises:
         InputError: the scores do not belong to the suite, or a slice of the spec is not in it.
@@ -72,6 +81,10 @@ def compare(
         verdict=verdict,
         seconds=read_seconds(artifact),
     )
+    evaluation = describe(evaluation, scored, reference_scores, scores, beside or Beside(), _flips)
+    write_cases(scored, out.parent / CASES_FILE)
+    if evaluation.router is not None and evaluation.router.threshold is not None:
+        write_queue(scored, scores, evaluation.router.threshold, out.parent / QUEUE_FILE)
     out.write_text(evaluation.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 

@@ -109,7 +109,7 @@ def shares(pairs: Pairs) -> Shares:
 def share_intervals(pairs: Pairs) -> dict[str, Interval]:
     """Field of :class:`Shares` -> its 95% interval.  At least one case is needed."""
     columns = np.concatenate([_columns(pairs), _unseen_flips(pairs)])
-    resampled = _shares(_bootstrap_sums(columns))
+    resampled = _shares(bootstrap_sums(columns))
     observed = shares(pairs)
     tail = (1.0 - CONFIDENCE) / 2.0
     intervals = {}
@@ -165,7 +165,7 @@ def _ratio(numerator: Floats, denominator: Floats, otherwise: float) -> Floats:
     return np.where(denominator > 0.0, numerator / safe, otherwise)
 
 
-def _bootstrap_sums(columns: Floats) -> Floats:
+def bootstrap_sums(columns: Floats) -> Floats:
     """Sums of the columns over resampled rows: [n, k] -> float64 [RESAMPLES, k]."""
     rng = np.random.default_rng(SEED)
     count = len(columns)
