@@ -69,7 +69,7 @@ class BaselineRecorder:
 
     answers: Mapping[str, int]
     top_tokens: int = TOP_TOKENS
-    _cases: dict[str, list[Any]] = field(default_factory=dict)
+    _cases: dict[str, list[Any]] = field(default_factory=dict, init=False)
 
     def add_first(self, prompt: Prompt, log_probs: LogProbs) -> None:
         """What follows a prompt: float64 [vocab], normalized."""
