@@ -49,7 +49,8 @@ def equal_mass_bins(confidence: Floats, weights: Floats) -> Bins:
 
 def equal_width_bins(confidence: Floats) -> Bins:
     """The bin of each case, [n]: ``BINS`` bins of equal width between 0 and 1."""
-    return np.minimum((confidence * BINS).astype(np.intp), BINS - 1)
+    found: Bins = np.minimum((confidence * BINS).astype(np.intp), BINS - 1)
+    return found
 
 
 def calibration_figures(choices: Choices) -> dict[str, Figure]:
