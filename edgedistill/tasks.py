@@ -209,8 +209,10 @@ class Compare(Task):
     beside: Beside = Beside()
 
     def run(self, inputs: Mapping[str, Path], dst: Path) -> None:
-        """Reads ``reference_scores`` and ``artifact_scores``; writes ``evaluation.json``, and for the
-        exports ``cases.jsonl`` and, below a router's threshold, ``queue.jsonl``."""
+        """Reads ``reference_scores`` and ``artifact_scores``, writes ``evaluation.json``.
+
+        For the exports there are ``cases.jsonl`` and, with a router, ``queue.jsonl``.
+        """
         from edgedistill.evaluate.compare import compare
 
         compare(

@@ -164,6 +164,7 @@ def write_reference(student: Path, suite: Path, dst: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choices", [["A", "B"], ["terrible", "bad", "A", "quick brown fox"]])
 def test_an_artifact_is_measured_at_every_answer_position_without_the_reference(
     tiny: Tiny, tmp_path: Path, choices: list[str]

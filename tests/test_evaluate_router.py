@@ -38,7 +38,7 @@ def fit(cases: list[Case], confidence: Floats, right: Bools, target: float) -> R
 
 def test_the_threshold_keeps_the_most_that_reaches_the_target_on_its_half() -> None:
     cases = make_cases(1200)
-    confidence, right = sureness(cases, make_scores(cases, 1, skill=0.6))
+    confidence, right = sureness(cases, make_scores(cases, 1))
     router = fit(cases, confidence, right, 0.8)
     assert router.threshold is not None
     fitted = fitting_half(cases)

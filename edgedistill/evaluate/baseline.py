@@ -172,7 +172,13 @@ def read_baseline(path: Path) -> list[BaselineCase]:
 
 
 def _cases(
-    names: list[str], ids: Ints, ends: Ints, positions: Ints, tokens: Ints, log_probs: Any, tail: Any
+    names: list[str],
+    ids: Ints,
+    ends: Ints,
+    positions: Ints,
+    tokens: Ints,
+    log_probs: Any,
+    tail: Any,
 ) -> Iterator[BaselineCase]:
     if not names or any(part.ndim != 1 for part in (ids, ends, positions, tail)):
         raise ValueError("it holds no case, or a part has too many dimensions")

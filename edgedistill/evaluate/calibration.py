@@ -58,9 +58,7 @@ def calibration_figures(choices: Choices) -> dict[str, Figure]:
     weights = choices.weights
     own, other = choices.reference_confidence, choices.artifact_confidence
     return {
-        "ece_rise": _rise(
-            choices, equal_mass_bins(own, weights), equal_mass_bins(other, weights)
-        ),
+        "ece_rise": _rise(choices, equal_mass_bins(own, weights), equal_mass_bins(other, weights)),
         "ece_equal_width_rise": _rise(choices, equal_width_bins(own), equal_width_bins(other)),
         "confident_wrong_rise": _confident_wrong_rise(choices),
     }
@@ -112,7 +110,8 @@ def wilson(share: float, cases: float) -> Interval:
     spread = share * (1.0 - share) / cases + z2 / (4.0 * cases**2)
     half_width = Z_CONFIDENCE / (1.0 + z2 / cases) * math.sqrt(max(0.0, spread))
     return Interval(
-        low=max(0.0, min(share, middle - half_width)), high=min(1.0, max(share, middle + half_width))
+        low=max(0.0, min(share, middle - half_width)),
+        high=min(1.0, max(share, middle + half_width)),
     )
 
 

@@ -15,7 +15,6 @@ from edgedistill.evaluate.score import LogProbs
 from edgedistill.evaluate.statistics import Bools, Floats
 from edgedistill.evaluate.suite import Case
 
-
 RARE = 0.01  # of the traffic lies beyond the 99th percentile
 
 

@@ -17,7 +17,9 @@ MAX_CLASSES = 30
 Indices = npt.NDArray[np.int64]
 
 
-def class_changes(cases: Sequence[Case], reference: Indices, artifact: Indices) -> list[ClassChange]:
+def class_changes(
+    cases: Sequence[Case], reference: Indices, artifact: Indices
+) -> list[ClassChange]:
     """One entry for each answer of a suite, in the order in which the choices name them.
 
     A class is the text of a choice.  A suite with more than ``MAX_CLASSES`` different choices asks

@@ -129,9 +129,7 @@ def _against(
     found = []
     if beside.teacher is not None:
         answers = read_teacher(beside.teacher, cases)
-        found.append(
-            compare_against("teacher", "teacher", answers, cases, artifact, list_flips)
-        )
+        found.append(compare_against("teacher", "teacher", answers, cases, artifact, list_flips))
     if beside.previous is not None:
         answers = read_previous(beside.previous, cases)
         found.append(

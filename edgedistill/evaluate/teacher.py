@@ -1,9 +1,9 @@
 """A teacher's recorded answers: JSON lines, read without the teacher.
 
-    {"id": "tweets-123", "answer": "good"}                  the text of a choice, or its index
-    {"id": "tweets-124", "answer": null}                    it gave no valid answer
-    {"id": "tweets-125", "distribution": [0.1, 0.7, 0.2]}   a share for each choice
-    {"id": "tweets-126", "log_probs": [-3.1, -0.4, -2.2]}   a line of some ``scores.jsonl``
+{"id": "tweets-123", "answer": "good"}                  the text of a choice, or its index
+{"id": "tweets-124", "answer": null}                    it gave no valid answer
+{"id": "tweets-125", "distribution": [0.1, 0.7, 0.2]}   a share for each choice
+{"id": "tweets-126", "log_probs": [-3.1, -0.4, -2.2]}   a line of some ``scores.jsonl``
 """
 
 from __future__ import annotations
