@@ -14,6 +14,7 @@ from edgedistill.assemble import Assembled, assemble
 from edgedistill.cache import Cache
 from edgedistill.decoder import DecoderFacts
 from edgedistill.disk import disk_error
+from edgedistill.kept_scores import keep_scores
 from edgedistill.manifest import make_manifest
 from edgedistill.pipeline import Pipeline, Say, say
 from edgedistill.plan import BuildSteps, plan_build
@@ -96,7 +97,9 @@ def build(options: Options, tell: Say = say) -> tuple[BuildReport, Path]:
         machine=_machine(),
         exit_code=assembled.exit_code,
     )
-    return report, _publish(prepared.recipe, assembled, report, options.exports)
+    page = _publish(prepared.recipe, assembled, report, options.exports)
+    keep_scores(prepared.steps, pipeline, options.exports / prepared.recipe.name)
+    return report, page
 
 
 def student_name(source: str) -> str:

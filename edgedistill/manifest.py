@@ -7,6 +7,7 @@ from typing import Any, Literal
 import edgedistill
 from edgedistill.cache import StepRecord
 from edgedistill.chat import Chat
+from edgedistill.choice_results import Router
 from edgedistill.pipeline import Step
 from edgedistill.recipe import Recipe
 from edgedistill.results import (
@@ -63,7 +64,11 @@ class Quality(Document):
 
 
 class Manifest(Document):
-    """The contents of ``manifest.json``; it names no time and no place, so equal means equal."""
+    """The contents of ``manifest.json``; it names no time and no place, so equal means equal.
+
+    Attributes:
+        router: the confidence from which the app may trust the artifact.
+    """
 
     schema_version: Literal[1] = 1
     recipe: str
@@ -88,6 +93,7 @@ class Manifest(Document):
     quality: Quality | None
     budget: list[BudgetCheck]
     bench: Bench | None
+    router: Router | None = None
 
 
 def artifact_files(record: StepRecord) -> list[ManifestFile]:
@@ -135,13 +141,15 @@ def make_manifest(
         quality=_quality(report),
         budget=report.budget,
         bench=report.bench,
+        router=report.evaluation.router if report.evaluation else None,
     )
 
 
 def _quality(report: ArtifactReport) -> Quality | None:
     if report.evaluation is None:
         return None
-    return Quality.model_validate(report.evaluation.model_dump(exclude={"flips", "seconds"}))
+    single = {"flips", "seconds", "reliability", "classes", "router", "against"}
+    return Quality.model_validate(report.evaluation.model_dump(exclude=single))
 
 
 def _lineage_step(step: Step) -> LineageStep:

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from edgedistill.beside import Beside
 from edgedistill.content import ContentHashes
 from edgedistill.errors import UsageError
 from edgedistill.pipeline import Step, unique
 from edgedistill.plugins import did_you_mean, load_plugin
 from edgedistill.recipe import Recipe, StageStep
 from edgedistill.recipe_check import REFERENCE_STAGES
+from edgedistill.release import find_released
 from edgedistill.task import Task
 from edgedistill.tasks import (
     BenchArtifact,
@@ -171,7 +174,9 @@ class _Planner:
             # The reference's tokenizer and template ask every rung the same questions.
             score = self._step(f"{label}: score", task, artifact=export, student=self._reference)
             scores = self._reference_scores
-            compare = self._compare(label, runtime, scores, score, judged=True)
+            compare = self._compare(
+                label, runtime, scores, score, judged=True, beside=self._beside(rung, name)
+            )
         return ArtifactSteps(
             rung=rung,
             format=name,
@@ -217,8 +222,25 @@ class _Planner:
         )
         return self._step("reference: score", task, student=self._reference)
 
+    def _beside(self, rung: str, format_name: str) -> Beside:
+        recipe = self._recipe
+        beside: dict[str, Any] = {"teacher": recipe.teacher}
+        if recipe.router is not None:
+            beside["router_accuracy"] = recipe.router.target_accuracy
+        released = find_released(recipe.previous, rung, format_name) if recipe.previous else None
+        if released is not None:
+            beside |= {"previous": released.scores, "previous_name": released.name}
+        return Beside(**beside)
+
     def _compare(
-        self, label: str, runtime: str, reference: Step, scores: Step, *, judged: bool
+        self,
+        label: str,
+        runtime: str,
+        reference: Step,
+        scores: Step,
+        *,
+        judged: bool,
+        beside: Beside | None = None,
     ) -> Step:
         recipe = self._recipe
         task = Compare(
@@ -226,6 +248,7 @@ class _Planner:
             suite=recipe.suite,
             floor=recipe.floor if judged else None,
             slices=recipe.slices if judged else {},
+            beside=beside or Beside(),
         )
         inputs = {"reference_scores": reference, "artifact_scores": scores}
         return self._step(f"{label}: judge", task, **inputs)

@@ -145,6 +145,12 @@ class EvaluateSettings(Part):
         return self.sample.get(format_name, 60 if format_name == "coreml" else 500)
 
 
+class RouterSettings(Part):
+    """When the app may trust the artifact: the share of right answers that those it keeps reach."""
+
+    target_accuracy: Annotated[float, Field(gt=0.0, lt=1.0)]
+
+
 class BuildSettings(Part):
     """What a build may take of this machine; threads decide sums, so they are part of the keys."""
 
@@ -163,6 +169,9 @@ class Recipe(Part):
         rungs: name -> its own steps; an empty list is an unquantized rung.
         export: formats without a budget; or else ``targets``.
         suite: evaluation cases, JSON lines; without one nothing is judged.
+        router: fits the confidence below which the app should ask elsewhere.
+        teacher: recorded answers to the suite, JSON lines, shown beside the reference.
+        previous: kept exports of the last release, whose answers are compared with.
         texts: name -> text file to verify on, beside the built-in texts.
     """
 
@@ -178,6 +187,9 @@ class Recipe(Part):
     suite: Annotated[tuple[Path, ...], BeforeValidator(_as_list)] = ()
     floor: Floor | None = None
     slices: dict[str, SliceSpec] = {}
+    router: RouterSettings | None = None
+    teacher: Path | None = None
+    previous: Path | None = None
     texts: dict[Name, Path] = {}
     evaluate: EvaluateSettings = EvaluateSettings()
     build: BuildSettings = BuildSettings()

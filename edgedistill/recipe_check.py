@@ -37,6 +37,7 @@ def check_recipe(recipe: Recipe, facts: DecoderFacts | None) -> list[Finding]:
         facts: of the student; None when they are not known yet, which leaves out what needs them.
     """
     findings = [*_check_files(recipe), *_check_names(recipe), *_check_suite(recipe)]
+    findings += _check_beside(recipe)
     if facts is not None:
         findings += [*_check_context(recipe, facts), *_check_stages(recipe, facts)]
         findings += [*_check_grids(recipe, facts), *_check_budgets(recipe, facts)]
@@ -91,7 +92,7 @@ def _check_names(recipe: Recipe) -> Iterator[Finding]:
 
 def _check_suite(recipe: Recipe) -> Iterator[Finding]:
     if not recipe.suite:
-        for key in ("floor", "slices"):
+        for key in ("floor", "slices", "router", "teacher", "previous"):
             if getattr(recipe, key):
                 yield Finding((key,), "there is no suite to judge it on", "give `suite`")
         return
@@ -109,6 +110,38 @@ def _check_suite(recipe: Recipe) -> Iterator[Finding]:
             what = "sacrificed slice" if spec.sacrificed else "slice"
             message = f"no case of the suite is in the {what} {name!r}"
             yield Finding(("slices", name), message, did_you_mean(name, known, "the suite has"))
+
+
+def _check_beside(recipe: Recipe) -> Iterator[Finding]:
+    """A teacher that answers another suite, a previous release that left no scores."""
+    if recipe.suite and all(path.is_file() for path in recipe.suite):
+        from edgedistill.evaluate.suite import ChoiceCase, load_suite
+        from edgedistill.evaluate.teacher import read_teacher
+        from edgedistill.release import find_released
+
+        try:
+            choices = [c for c in load_suite(recipe.suite) if isinstance(c, ChoiceCase)]
+        except EdgedistillError as error:
+            if not recipe.slices:  # else it was said already
+                yield Finding(("suite",), str(error))
+            return
+        if not choices:
+            for key in ("router", "teacher", "previous"):
+                if getattr(recipe, key):
+                    yield Finding((key,), "the suite has no case of the kind 'choice' for it")
+            return
+        try:
+            if recipe.teacher is not None and recipe.teacher.exists():
+                read_teacher(recipe.teacher, choices)
+        except EdgedistillError as error:
+            yield Finding(("teacher",), str(error))
+        try:
+            if recipe.previous is not None and recipe.previous.exists():
+                for rung in recipe.rungs:
+                    for name in recipe.formats_of(rung):
+                        find_released(recipe.previous, rung, name)
+        except EdgedistillError as error:
+            yield Finding(("previous",), str(error))
 
 
 def _check_context(recipe: Recipe, facts: DecoderFacts) -> Iterator[Finding]:

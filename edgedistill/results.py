@@ -4,19 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from edgedistill.choice_results import ChoiceQuality, ClassChange, Reliability, Router
+from edgedistill.document import Document as Document
+from edgedistill.document import Estimate as Estimate
+from edgedistill.document import Interval as Interval
 
 Verdict = Literal["pass", "fail", "underpowered", "unjudged", "not measured"]
-
-
-class Document(BaseModel):
-    """Base of all results: frozen, no unknown fields.
-
-    A number that is not finite (the KL of a broken artifact) is the string "NaN" or "Infinity" in
-    JSON, which has no other word for it, and is read back as a number.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
 
 class TextDivergence(Document):
@@ -66,13 +59,6 @@ class Verification(Document):
         return all(check.passed for check in self.checks)
 
 
-class Interval(Document):
-    """A confidence interval, 95% unless said otherwise."""
-
-    low: float
-    high: float
-
-
 class Flip(Document):
     """A case whose answer changed between reference and artifact."""
 
@@ -98,6 +84,7 @@ class SliceQuality(Document):
         text_cases: texts, which are in none of the figures above but in those below.
         bits_per_byte: of the texts, lower is better; None where there are none.
         bits_per_byte_loss: bits_per_byte minus the reference's.
+        choice: more of its cases of the kind ``choice``; None where there are none.
 
     A figure that no case gives is NaN: the log-score and F1 without choices, all without answers.
     """
@@ -121,6 +108,7 @@ class SliceQuality(Document):
     reference_bits_per_byte: float | None = None
     bits_per_byte_loss: float | None = None
     bits_per_byte_loss_interval: Interval | None = None
+    choice: ChoiceQuality | None = None
 
 
 class FieldQuality(Document):
@@ -136,6 +124,44 @@ class FieldQuality(Document):
     cases: int
     f1: float
     reference_f1: float
+
+
+class SliceAgainst(Document):
+    """The artifact and another answerer on the same cases of one slice.
+
+    Attributes:
+        score: of the other; ``artifact_score`` on the same cases.
+        gain: artifact_score minus score, with a paired interval.
+        broken_cases: the other is right and the artifact wrong; ``fixed_cases`` the reverse.
+        agreement: share of the traffic that both answer alike.
+        divergence: mean KL(other || artifact) over the choices, in nats, on the cases where the
+            other gave a distribution; None where it gave none.
+    """
+
+    slice: str
+    cases: int
+    score: float
+    artifact_score: float
+    gain: Estimate
+    broken_cases: int
+    fixed_cases: int
+    agreement: float
+    divergence: float | None
+
+
+class Against(Document):
+    """The artifact beside another answerer than the reference.
+
+    Attributes:
+        cases: that both answered; ``slices`` has all of them first, then each slice.
+        flips: against the other, whose answer stands in ``reference_answer``.
+    """
+
+    name: str
+    kind: Literal["teacher", "previous release"]
+    cases: int
+    slices: list[SliceAgainst]
+    flips: list[Flip]
 
 
 class FloorCheck(Document):
@@ -157,7 +183,13 @@ class FloorCheck(Document):
 
 
 class Evaluation(Document):
-    """Does the artifact still do its job?"""
+    """Does the artifact still do its job?
+
+    Attributes:
+        reliability, classes: over all cases of the kind ``choice``.
+        router: where the recipe asks for one.
+        against: a teacher and the previous release, where the recipe names them.
+    """
 
     cases: int
     cases_in_suite: int
@@ -168,6 +200,10 @@ class Evaluation(Document):
     verdict: Verdict
     seconds: float
     fields: list[FieldQuality] = []
+    reliability: Reliability | None = None
+    classes: list[ClassChange] = []
+    router: Router | None = None
+    against: list[Against] = []
 
     @property
     def overall(self) -> SliceQuality:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from edgedistill.beside import Beside
 from edgedistill.chat import Chat
 from edgedistill.content import ContentHashes, plain
 from edgedistill.floor import Floor, SliceSpec
@@ -209,9 +210,13 @@ class Compare(Task):
     suite: tuple[Path, ...]
     floor: Floor | None
     slices: dict[str, SliceSpec]
+    beside: Beside = Beside()
 
     def run(self, inputs: Mapping[str, Path], dst: Path) -> None:
-        """Reads ``reference_scores`` and ``artifact_scores``, writes ``evaluation.json``."""
+        """Reads ``reference_scores`` and ``artifact_scores``, writes ``evaluation.json``.
+
+        For the exports there are ``cases.jsonl`` and, with a router, ``queue.jsonl``.
+        """
         from edgedistill.evaluate.compare import compare
         from edgedistill.evaluate.suite import SUITE_FILE
 
@@ -223,6 +228,7 @@ class Compare(Task):
             slices=self.slices,
             runtime=self.runtime,
             out=dst / EVALUATION_FILE,
+            beside=self.beside,
         )
 
 

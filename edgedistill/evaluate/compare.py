@@ -7,15 +7,20 @@ from pathlib import Path
 
 import numpy as np
 
+from edgedistill.beside import Beside
 from edgedistill.errors import InputError
+from edgedistill.evaluate.describe import describe
 from edgedistill.evaluate.fields import measure_fields
 from edgedistill.evaluate.judge import Measured, judge
 from edgedistill.evaluate.pairing import pair_scores, pair_texts
+from edgedistill.evaluate.previous import CASES_FILE, write_cases
+from edgedistill.evaluate.router import QUEUE_FILE, write_queue
 from edgedistill.evaluate.score import (
     SCORES_FILE,
     Answer,
     Score,
     TextBits,
+    log_probs_of,
     read_scores,
     read_seconds,
 )
@@ -44,8 +49,12 @@ def compare(
     slices: Mapping[str, SliceSpec],
     runtime: str,
     out: Path,
+    beside: Beside | None = None,
 ) -> None:
     """Write the :class:`Evaluation` of an artifact as JSON.
+
+    Beside it go ``cases.jsonl``, for the next release to compare with, and ``queue.jsonl``, the
+    cases below the router's threshold, where there is one.
 
     Where the artifact was scored on a sample, everything is on the sampled cases, the reference's
     figures included.
@@ -58,6 +67,7 @@ def compare(
         slices: the capability spec.
         runtime: that scored the artifact.
         out: the file to write.
+        beside: what else is asked for; None asks for nothing.
 
     Raises:
         InputError: the scores do not belong to the suite, or a slice of the spec is not in it.
@@ -86,6 +96,12 @@ def compare(
         seconds=read_seconds(artifact),
         fields=measure_fields(scored, reference_scores, scores),
     )
+    chosen = [case for case in scored if isinstance(case, ChoiceCase)]
+    own, other = log_probs_of(reference_scores), log_probs_of(scores)
+    evaluation = describe(evaluation, chosen, own, other, beside or Beside(), _choice_flips)
+    write_cases(scored, out.parent / CASES_FILE)
+    if evaluation.router is not None and evaluation.router.threshold is not None:
+        write_queue(chosen, other, evaluation.router.threshold, out.parent / QUEUE_FILE)
     out.write_text(evaluation.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
@@ -278,6 +294,11 @@ def _flips(
         )
         for i in order[:SHOWN_FLIPS]
     ]
+
+
+def _choice_flips(cases: Sequence[ChoiceCase], pairs: Pairs) -> list[Flip]:
+    """What was chosen stands in the pairs."""
+    return _flips(cases, pairs, {}, {})
 
 
 def _given(case: Case, chosen: int, scores: Mapping[str, Score]) -> str:
