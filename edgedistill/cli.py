@@ -201,7 +201,8 @@ def evaluate(
 
             from edgedistill.evaluate.table import render_evaluation
 
-            Console().print(render_evaluation(outcome.evaluation, str(artifact)))
+            width = None if sys.stdout.isatty() else 120  # a file has no width of its own
+            Console(width=width).print(render_evaluation(outcome.evaluation, str(artifact)))
         return outcome.code
 
     _run(run)

@@ -23,7 +23,7 @@ VERDICTS = {
     "unjudged": "unjudged: no floor was given",
     "not measured": "not measured",
 }
-HEADINGS = ("cases", "score\n%", "ref.\n%", "retention\n% (95%)", "broken\n/fixed")
+HEADINGS = ("cases", "score\n%", "ref.\n%", "retention\n% (95%)", "lost/\nwon")
 
 
 def render_evaluation(evaluation: Evaluation, name: str) -> Group:
@@ -59,7 +59,7 @@ def _slices(evaluation: Evaluation) -> Table:
     columns = list(HEADINGS)
     chosen = any(math.isfinite(found.log_score) for found in evaluation.slices)
     read = any(found.text_cases for found in evaluation.slices)
-    columns += ["log-score\nloss, nats"] if chosen else []
+    columns += ["log-score\nloss"] if chosen else []
     columns += ["bits/byte\n(loss)"] if read else []
     for heading in columns:
         table.add_column(heading, justify="right", no_wrap=True)
