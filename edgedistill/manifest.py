@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import edgedistill
 from edgedistill.cache import StepRecord
 from edgedistill.chat import Chat
+from edgedistill.floor import Floor, SliceSpec
 from edgedistill.pipeline import Step
 from edgedistill.recipe import Recipe
 from edgedistill.results import (
@@ -15,6 +17,7 @@ from edgedistill.results import (
     BudgetCheck,
     Document,
     FloorCheck,
+    LoweredClause,
     SliceQuality,
     Verdict,
     Verification,
@@ -58,10 +61,16 @@ class Quality(Document):
     cases_in_suite: int
     slices: list[SliceQuality]
     floor: list[FloorCheck]
+    stopped_early: bool = False
 
 
 class Manifest(Document):
-    """The contents of ``manifest.json``; it names no time and no place, so equal means equal."""
+    """The contents of ``manifest.json``; it names no time and no place, so equal means equal.
+
+    Attributes:
+        floor: that it was held to, on all cases; ``slices`` the capability spec.
+        floor_lowered: clauses that earlier releases were held to more strictly.
+    """
 
     schema_version: Literal[1] = 1
     recipe: str
@@ -86,6 +95,9 @@ class Manifest(Document):
     quality: Quality | None
     budget: list[BudgetCheck]
     bench: Bench | None
+    floor: Floor | None = None
+    slices: dict[str, SliceSpec] = {}
+    floor_lowered: list[LoweredClause] = []
 
 
 def artifact_files(record: StepRecord) -> list[ManifestFile]:
@@ -99,7 +111,13 @@ def artifact_files(record: StepRecord) -> list[ManifestFile]:
 
 
 def make_manifest(
-    recipe: Recipe, student: str, report: ArtifactReport, export: Step, record: StepRecord
+    recipe: Recipe,
+    student: str,
+    report: ArtifactReport,
+    export: Step,
+    record: StepRecord,
+    *,
+    lowered: Sequence[LoweredClause] = (),
 ) -> Manifest:
     """The manifest of an artifact.
 
@@ -108,6 +126,7 @@ def make_manifest(
         student: its name as people know it.
         report: its figures and verdict.
         export: the step that wrote it, with its lineage; ``record`` is what it left.
+        lowered: clauses that earlier releases were held to more strictly.
     """
     lineage = export.lineage()
     return Manifest(
@@ -133,6 +152,9 @@ def make_manifest(
         quality=_quality(report),
         budget=report.budget,
         bench=report.bench,
+        floor=recipe.floor,
+        slices=recipe.slices,
+        floor_lowered=list(lowered),
     )
 
 

@@ -8,15 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from edgedistill.errors import InputError
-from edgedistill.evaluate.judge import Measured, judge
+from edgedistill.evaluate.capabilities import Measured, measure
+from edgedistill.evaluate.judge import judge
 from edgedistill.evaluate.score import SCORES_FILE, LogProbs, read_scores, read_seconds
-from edgedistill.evaluate.statistics import (
-    Pairs,
-    cross_entropy,
-    macro_f1,
-    share_intervals,
-    shares,
-)
+from edgedistill.evaluate.statistics import Pairs, cross_entropy, macro_f1
+from edgedistill.evaluate.stopping import Sampling, read_stopping
 from edgedistill.evaluate.suite import ALL_CASES, Case, load_suite
 from edgedistill.floor import Floor, SliceSpec
 from edgedistill.results import Evaluation, Flip, SliceQuality
@@ -57,20 +53,28 @@ def compare(
     scores = read_scores(artifact)
     scored = _match(cases, scores, artifact)
     reference_scores = read_scores(reference)
-    _match_reference(scored, reference_scores, reference)
+    match_reference(scored, reference_scores, reference)
     _check_spec(cases, slices)
     pairs = pair_scores(scored, reference_scores, scores)
-    measured = _measure_slices(scored, pairs)
+    stopping = read_stopping(artifact)
+    if stopping is None:
+        measured = _measure_slices(scored, pairs)
+    else:
+        match_reference(cases, reference_scores, reference)
+        whole = pair_scores(cases, reference_scores, reference_scores)
+        sampling = Sampling(cases, whole, floor, slices)
+        measured = sampling.measure_stopped(pairs, [case.id for case in scored], stopping)
     checks, verdict = judge(measured, floor, slices)
     evaluation = Evaluation(
         cases=len(scored),
         cases_in_suite=len(cases),
         runtime=runtime,
-        slices=[found.quality for found in measured.values()],
+        slices=[_measure(name, found) for name, found in measured.items()],
         floor=checks,
         flips=_flips(scored, pairs),
         verdict=verdict,
         seconds=read_seconds(artifact),
+        stopped_early=stopping is not None and len(scored) < len(cases),
     )
     out.write_text(evaluation.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
@@ -121,9 +125,14 @@ def _match(cases: Sequence[Case], scores: Mapping[str, LogProbs], directory: Pat
     return scored
 
 
-def _match_reference(
+def match_reference(
     cases: Sequence[Case], scores: Mapping[str, LogProbs], directory: Path
 ) -> None:
+    """Make sure that the reference scored these cases.
+
+    Raises:
+        InputError: one of them is missing, or has other choices.
+    """
     where = str(directory / SCORES_FILE)
     missing = [case.id for case in cases if case.id not in scores]
     if missing:
@@ -156,15 +165,15 @@ def _check_spec(cases: Sequence[Case], slices: Mapping[str, SliceSpec]) -> None:
 def _measure_slices(cases: Sequence[Case], pairs: Pairs) -> dict[str, Measured]:
     """Slice -> what was measured; ``all`` first, then by name."""
     members = [frozenset(case.slices) for case in cases]
-    measured = {ALL_CASES: _measure(ALL_CASES, pairs)}
+    measured = {ALL_CASES: measure(pairs)}
     for name in sorted(frozenset[str]().union(*members)):
-        measured[name] = _measure(name, pairs.select(np.array([name in m for m in members])))
+        measured[name] = measure(pairs.select(np.array([name in m for m in members])))
     return measured
 
 
-def _measure(name: str, pairs: Pairs) -> Measured:
-    found, intervals = shares(pairs), share_intervals(pairs)
-    quality = SliceQuality(
+def _measure(name: str, measured: Measured) -> SliceQuality:
+    pairs, found, intervals = measured.pairs, measured.values, measured.intervals
+    return SliceQuality(
         slice=name,
         cases=pairs.count,
         score=float(found.score),
@@ -180,7 +189,6 @@ def _measure(name: str, pairs: Pairs) -> Measured:
         broken_cases=int(pairs.broken.sum()),
         fixed_cases=int(pairs.fixed.sum()),
     )
-    return Measured(pairs, quality, intervals)
 
 
 def _flips(cases: Sequence[Case], pairs: Pairs) -> list[Flip]:
