@@ -37,6 +37,7 @@ def check_recipe(recipe: Recipe, facts: DecoderFacts | None) -> list[Finding]:
         facts: of the student; None when they are not known yet, which leaves out what needs them.
     """
     findings = [*_check_files(recipe), *_check_names(recipe), *_check_suite(recipe)]
+    findings += _check_waivers(recipe)
     if facts is not None:
         findings += [*_check_context(recipe, facts), *_check_stages(recipe, facts)]
         findings += [*_check_grids(recipe, facts), *_check_budgets(recipe, facts)]
@@ -45,7 +46,7 @@ def check_recipe(recipe: Recipe, facts: DecoderFacts | None) -> list[Finding]:
 
 def _check_files(recipe: Recipe) -> Iterator[Finding]:
     for place, path in _paths(recipe, ()):
-        if not path.exists():
+        if place != ("waivers",) and not path.exists():
             yield Finding(place, f"there is no such file or directory: {path}")
 
 
@@ -109,6 +110,15 @@ def _check_suite(recipe: Recipe) -> Iterator[Finding]:
             what = "sacrificed slice" if spec.sacrificed else "slice"
             message = f"no case of the suite is in the {what} {name!r}"
             yield Finding(("slices", name), message, did_you_mean(name, known, "the suite has"))
+
+
+def _check_waivers(recipe: Recipe) -> Iterator[Finding]:
+    from edgedistill.evaluate.waivers import read_waivers
+
+    try:
+        read_waivers(recipe.waivers)
+    except EdgedistillError as error:
+        yield Finding(("waivers",), str(error))
 
 
 def _check_context(recipe: Recipe, facts: DecoderFacts) -> Iterator[Finding]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Mapping, Sequence
-from datetime import date
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -211,6 +211,11 @@ def _why_not(waiver: Waiver, check: FloorCheck, today: date) -> str:
         return f"the waiver by {waiver.by} expired on {waiver.until}"
     consented = waiver.consented[check.clause]
     return f"{waiver.by} consented to {consented:.4g}, and it is {check.value:.4g}"
+
+
+def utc_today() -> date:
+    """The day by which waivers expire: the same everywhere."""
+    return datetime.now(UTC).date()
 
 
 def in_force(
