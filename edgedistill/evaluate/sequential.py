@@ -14,13 +14,13 @@ positive; that mean is what is bet on, and weights need no approximation.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from edgedistill.evaluate.capabilities import SIGNIFICANCE, Measured
-from edgedistill.evaluate.statistics import Floats, Ints, Pairs, shares, summands
+from edgedistill.evaluate.statistics import Floats, Ints, Pairs, Shares, shares, summands
 from edgedistill.results import Interval
 
 # Of the chance of an error, so much is spent while looking, and the rest on the last look at all
@@ -88,9 +88,7 @@ def measure_anytime(pairs: Pairs, bounds: Bounds, looks: Sequence[int]) -> Measu
     ratios = _ratios(pairs, bounds)
     bettor = _Bettor(np.asarray(looks), bounds.largest_weight)
     values = shares(pairs)
-    intervals = {
-        name: bettor.interval(ratio, float(getattr(values, name))) for name, ratio in ratios.items()
-    }
+    intervals = _Intervals(bettor, ratios, values)
     capital = bettor.log_capital(*ratios["score_loss"].above(0.0))
     p_value = math.exp(-max(0.0, capital))
     return Measured(pairs, values, intervals, p_value, EARLY_LEVEL, early=True)
@@ -150,6 +148,28 @@ class _Bettor:
             end = ratio.highest if ratio.end is None else ratio.end
             high = _last_true(lambda m: self.log_capital(*ratio.below(m)) >= needed, end, point)
         return Interval(low=min(low, point), high=max(high, point))
+
+
+class _Intervals(Mapping[str, Interval]):
+    """The intervals that somebody asks for; each takes a search."""
+
+    def __init__(self, bettor: _Bettor, ratios: Mapping[str, Ratio], values: Shares) -> None:
+        self._bettor = bettor
+        self._ratios = ratios
+        self._values = values
+        self._found: dict[str, Interval] = {}
+
+    def __getitem__(self, name: str) -> Interval:
+        if name not in self._found:
+            point = float(getattr(self._values, name))
+            self._found[name] = self._bettor.interval(self._ratios[name], point)
+        return self._found[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._ratios)
+
+    def __len__(self) -> int:
+        return len(self._ratios)
 
 
 def _last_true(holds: Callable[[float], bool], start: float, end: float) -> float:
