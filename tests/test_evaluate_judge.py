@@ -63,7 +63,7 @@ def test_suites_without_a_loss_are_failed_no_more_often_than_stated(
         uncorrected += any(found.p_value < SIGNIFICANCE for found in suite.values())
     # 2.5% of 400 are 10 and of 2,000 are 50; so many more have a chance of 0.1%
     assert alarms <= (21 if weighted else 73), alarms
-    assert uncorrected > 0.1 * runs  # what ten slices raise without Holm
+    assert uncorrected > 0.05 * runs  # what ten slices raise without Holm
 
 
 def test_a_small_loss_is_tolerated_however_certain_it_is() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-from datetime import date
+from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from edgedistill.evaluate.waivers import (
     describe_waiver,
     in_force,
     read_waivers,
+    utc_today,
     waivers_beside,
 )
 from edgedistill.floor import Floor, SliceSpec
@@ -364,8 +365,7 @@ def test_the_command_prints_what_it_wrote_and_ends_with_2_where_it_refuses(
     (tmp_path / "recipes").mkdir()
     recipe_file(tmp_path / "recipes")
     artifact = publish(tmp_path, check())
-    last = date.today().replace(day=28).isoformat()
-    until = f"{int(last[:4]) + (last[5:7] == '12')}-{int(last[5:7]) % 12 + 1:02d}-01"
+    until = (utc_today() + timedelta(days=30)).isoformat()
     words = ["--because", "asked for", "--by", "Ann", "--until", until]
     ran = CliRunner().invoke(app, ["approve", str(artifact), "--slice", "domain=nyt", *words])
     assert ran.exit_code == 0, ran.output

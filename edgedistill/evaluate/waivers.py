@@ -153,7 +153,7 @@ def append_waiver(path: Path, waiver: Waiver, *, recipe: Path) -> None:
                 file.write(text + describe_waiver(waiver))
                 file.flush()
                 os.fsync(file.fileno())
-            if read_waivers(aside) != [*before, waiver]:
+            if not _holds(aside, [*before, waiver]):
                 hint = "write its entries one below the other, as `- slice: ...`"
                 raise InputError("nothing can be added at its end", where=str(path), hint=hint)
             aside.replace(path)
@@ -161,6 +161,13 @@ def append_waiver(path: Path, waiver: Waiver, *, recipe: Path) -> None:
         raise disk_error(error, path) from error
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _holds(path: Path, waivers: list[Waiver]) -> bool:
+    try:
+        return read_waivers(path) == waivers
+    except InputError:
+        return False
 
 
 def describe_waiver(waiver: Waiver) -> str:
