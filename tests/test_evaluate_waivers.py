@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+from collections.abc import Callable
 from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from edgedistill.build import Options, build
 from edgedistill.chat import Chat
 from edgedistill.cli import app
 from edgedistill.content import sha256_file
-from edgedistill.errors import InputError, UsageError
+from edgedistill.errors import ExitCode, InputError, UsageError
 from edgedistill.evaluate.approve import approve
 from edgedistill.evaluate.waivers import (
     Waiver,
@@ -31,7 +33,11 @@ from edgedistill.evaluate.waivers import (
 from edgedistill.floor import Floor, SliceSpec
 from edgedistill.lowered import lowered_clauses, read_manifests
 from edgedistill.manifest import Manifest, ManifestFile, Quality
+from edgedistill.preview import preview
 from edgedistill.results import Evaluation, FloorCheck, Interval, LoweredClause, Verdict
+from tests.recipes import write_recipe, write_suite
+
+Tiny = Callable[[str], Path]
 
 TODAY = date(2026, 3, 1)
 SHA = "0123456789abcdef" * 4
@@ -450,3 +456,57 @@ def test_manifests_that_cannot_be_read_say_nothing(tmp_path: Path) -> None:
     (artifact / "manifest.json").write_text(json.dumps({"recipe": "tiny"}))
     assert read_manifests(exports) == []
     assert read_manifests(tmp_path / "nowhere") == []
+
+
+# ---- from build to build ----
+
+RECIPE = """\
+name: tiny
+student: {student}
+context_tokens: 64
+rungs:
+  float: []
+export: [gguf]
+suite: suite.jsonl
+floor: {{score: 1.0}}
+slices:
+  odd: {{sacrificed: {{because: nobody asks these, by: Ann, on: 2026-01-31}}}}
+evaluate: {{stop_early: true}}
+build: {{threads: 1}}
+"""
+
+
+@pytest.mark.slow
+def test_a_failed_artifact_ships_after_consent_and_a_lowered_floor_is_said(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    recipe = write_recipe(tmp_path, tiny("llama"), RECIPE)
+    write_suite(tmp_path / "suite.jsonl")
+    options = Options(recipe, cache=tmp_path / "cache", exports=tmp_path / "exports")
+    said: list[str] = []
+    failed, _ = build(options, said.append)
+    assert failed.exit_code == ExitCode.FLOOR_NOT_MET
+    assert failed.floor_lowered == []
+    artifact = tmp_path / "exports" / "tiny" / "float" / "gguf"
+    until = (utc_today() + timedelta(days=3)).isoformat()
+    given_ = {"slice_name": "all", "because": "a demo", "by": "Ann", "until": until}
+    approve(artifact, recipe=recipe, today=utc_today(), **given_)
+
+    consented, _ = build(options, said.append)
+    assert consented.exit_code == ExitCode.OK
+    (report,) = consented.artifacts
+    assert report.shippable
+    assert report.evaluation is not None
+    checked = {c.clause: c for c in report.evaluation.floor}
+    assert (checked["score"].verdict, checked["score"].waived) == ("pass", True)
+    assert (checked["score"].note or "").startswith(f"waived by Ann until {until}")
+    assert (checked["sacrificed"].note or "").startswith("given up by Ann on 2026-01-31")
+    ran = {step.label for step in consented.steps if not step.cached}
+    assert ran == {"float/gguf: score", "float/gguf: judge"}  # now on the whole suite
+
+    recipe.write_text(recipe.read_text().replace("score: 1.0", "score: 0.9"))
+    for _ in range(2):  # the second time the manifest knows the lower floor already
+        lower, _ = build(options, said.append)
+        assert [str(c) for c in lower.floor_lowered] == ["score on all was 1, is 0.9"]
+    assert any("warning: the floor was lowered" in line for line in said)
+    assert [str(c) for c in preview(options).floor_lowered] == ["score on all was 1, is 0.9"]
