@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from datetime import date
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
-from pydantic import model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Words = Annotated[str, Field(min_length=1, max_length=500, pattern=r"\S")]
 
 
 def _iso_date(text: str) -> str:
-    try:
+    found: str | None = None
+    with suppress(ValueError):
         found = date.fromisoformat(text).isoformat()
-    except ValueError:
-        found = None
     if found != text:
         raise ValueError("is not a date such as 2026-01-31")
     return text

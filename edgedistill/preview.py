@@ -8,6 +8,14 @@ from pathlib import Path
 from edgedistill.build import Options, Prepared, find_lowered, prepare
 from edgedistill.cache import Cache, StepRecord
 from edgedistill.errors import InputError
+from edgedistill.estimate import (
+    artifact_bytes,
+    judge_peak_bytes,
+    runtime_peak_bytes,
+    scoring_seconds,
+    tensor_peak_bytes,
+)
+from edgedistill.evaluate.capabilities import SIGNIFICANCE
 from edgedistill.evaluate.power import (
     PlannedClause,
     Spread,
@@ -17,15 +25,7 @@ from edgedistill.evaluate.power import (
     reference_spreads,
 )
 from edgedistill.evaluate.sequential import FINAL_LEVEL
-from edgedistill.evaluate.capabilities import SIGNIFICANCE
 from edgedistill.evaluate.suite import load_suite
-from edgedistill.estimate import (
-    artifact_bytes,
-    judge_peak_bytes,
-    runtime_peak_bytes,
-    scoring_seconds,
-    tensor_peak_bytes,
-)
 from edgedistill.pipeline import Step
 from edgedistill.recipe import Recipe
 from edgedistill.results import Document, Evaluation, LoweredClause

@@ -31,7 +31,7 @@ from tests.recipes import MINIMAL, write_recipe, write_suite
 Tiny = Callable[[str], Path]
 SPREAD = Spread(flips=0.06, log_score_sd=0.25, reference_score=0.6)
 # 6% of the answers flip, as many either way: 5% of 60% and 7.5% of 40%.
-UNHARMED = {"broken": 0.05, "fixed": 0.075}
+BROKEN, FIXED = 0.05, 0.075
 
 
 def make_cases(slices: dict[str, int], rng: Rng | None = None) -> list[Case]:
@@ -81,7 +81,7 @@ def test_what_lies_the_stated_distance_from_its_limit_is_decided_four_times_in_f
     floor = Floor.model_validate({clause: limit})
     passed = 0
     for _ in range(runs):
-        pairs = draw_pairs(rng, count, weights=weights, **UNHARMED)
+        pairs = draw_pairs(rng, count, weights=weights, broken=BROKEN, fixed=FIXED)
         passed += judge({"all": measure(pairs)}, floor, {})[1] == "pass"
     # 80% of 200 are 160, give or take 3 standard deviations, and what rare flips add
     assert 140 <= passed <= 184, passed
@@ -104,7 +104,7 @@ def test_an_unnamed_loss_of_the_stated_size_is_found_four_times_in_five() -> Non
         broken = (0.03 + smallest / 2.0) / 0.6
         fixed = (0.03 - smallest / 2.0) / 0.4
         suite = {"s0": tested(draw_pairs(rng, 500, broken=broken, fixed=max(fixed, 0.0)))}
-        suite |= {f"s{i}": tested(draw_pairs(rng, 500, **UNHARMED)) for i in range(1, 8)}
+        suite |= {f"s{i}": tested(draw_pairs(rng, 500, broken=BROKEN, fixed=FIXED)) for i in range(1, 8)}
         found += "s0" in [check.slice for check in find_unnamed_losses(suite, Floor())]
     assert 0.68 * runs <= found <= 0.93 * runs, found
 
@@ -131,7 +131,7 @@ def test_a_protected_slice_needs_the_cases_that_the_judge_asks_for(
         plan = planned(make_cases({"x": count}), None, specs, "protected", "x")
         verdicts = []
         for _ in range(15):
-            found = measure(draw_pairs(rng, count, **UNHARMED))
+            found = measure(draw_pairs(rng, count, broken=BROKEN, fixed=FIXED))
             verdicts.append(judge({"all": found, "x": found}, None, specs)[0][0].verdict)
         assert plan.decides is (verdicts.count("underpowered") < 8), (count, verdicts)
 
@@ -170,7 +170,7 @@ def test_only_what_somebody_asked_for_is_planned() -> None:
 def test_spreads_are_read_off_what_was_measured() -> None:
     """The quality of pairs with known flips and a known spread gives both back."""
     rng = np.random.default_rng(67)
-    pairs = draw_pairs(rng, 4000, rise_sd=0.4, **UNHARMED)
+    pairs = draw_pairs(rng, 4000, rise_sd=0.4, broken=BROKEN, fixed=FIXED)
     found = measure(pairs)
     quality = SliceQuality(
         slice="all",

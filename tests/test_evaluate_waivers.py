@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 from collections.abc import Callable
 from datetime import date, timedelta
@@ -30,11 +29,10 @@ from edgedistill.evaluate.waivers import (
     utc_today,
     waivers_beside,
 )
-from edgedistill.floor import Floor, SliceSpec
-from edgedistill.lowered import lowered_clauses, read_manifests
+from edgedistill.floor import Floor
 from edgedistill.manifest import Manifest, ManifestFile, Quality
 from edgedistill.preview import preview
-from edgedistill.results import Evaluation, FloorCheck, Interval, LoweredClause, Verdict
+from edgedistill.results import Evaluation, FloorCheck, Interval, Verdict
 from tests.recipes import write_recipe, write_suite
 
 Tiny = Callable[[str], Path]
@@ -208,10 +206,15 @@ def test_everything_wrong_in_the_file_is_said_with_its_line(tmp_path: Path) -> N
     assert "bye: Extra inputs" in text
 
 
+FUZZED = settings(
+    max_examples=300,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 LINES = st.text(min_size=1, max_size=80).filter(lambda t: t.isprintable() and t.strip())
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@FUZZED
 @given(
     by=LINES,
     because=LINES,
@@ -226,7 +229,7 @@ def test_whatever_people_write_is_read_back(
     assert read_waivers(tmp_path / "w.yaml") == [written]
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@FUZZED
 @given(data=st.binary(max_size=200), cut=st.integers(0, 300))
 def test_no_file_is_read_with_a_traceback(tmp_path: Path, data: bytes, cut: int) -> None:
     whole = describe_waiver(waiver()).encode()
@@ -381,81 +384,6 @@ def test_the_command_prints_what_it_wrote_and_ends_with_2_where_it_refuses(
     refused = CliRunner().invoke(app, ["approve", str(artifact), "--slice", "b", *words])
     assert refused.exit_code == 2
     assert "hint: it failed on domain=nyt" in refused.stderr
-
-
-# ---- floors that were lowered ----
-
-
-def release(floor: Floor | None, slices: dict[str, Any] | None = None, **more: Any) -> Manifest:
-    specs = {n: SliceSpec.model_validate(s) for n, s in (slices or {}).items()}
-    base = {
-        "recipe": "tiny", "rung": "r", "format": "f", "runtime": "x", "edgedistill": "0",
-        "license": None, "student": "s", "context_tokens": 8, "chat": Chat(), "parameters": 1,
-        "size_bytes": 1, "weight_bytes": 1, "bits_per_weight": 1.0, "shippable": True,
-        "why_not": None, "files": [], "lineage": [], "libraries": {}, "verification": None,
-        "quality": None, "budget": [], "bench": None,
-    }
-    return Manifest.model_validate(base | {"floor": floor, "slices": specs} | more)
-
-
-def lowered(
-    before: Manifest, floor: Floor | None, slices: dict[str, Any] | None = None
-) -> list[str]:
-    specs = {n: SliceSpec.model_validate(s) for n, s in (slices or {}).items()}
-    return [str(clause) for clause in lowered_clauses([before], floor, specs)]
-
-
-STRICT = Floor(retention=0.97, max_broken=0.1)
-
-
-@pytest.mark.parametrize(
-    ("floor", "slices", "expected"),
-    [
-        (STRICT, {"a": {"protected": True}}, []),
-        (Floor(retention=0.98, max_broken=0.05, score=0.5), {"a": {"protected": True}}, []),
-        (Floor(retention=0.96, max_broken=0.1), {"a": {"protected": True}},
-         ["retention on all was 0.97, is 0.96"]),
-        (Floor(retention=0.97, max_broken=0.2), {"a": {"protected": True}},
-         ["max_broken on all was 0.1, is 0.2"]),
-        (Floor(max_broken=0.1), {"a": {"protected": True}},
-         ["retention on all was 0.97, is not held"]),
-        (STRICT, {}, ["loss on a was 0, is 0.02"]),
-        (STRICT, {"a": {"retention": 0.5}}, ["loss on a was 0, is not held"]),
-        (STRICT, {"a": {"sacrificed": "why"}}, ["loss on a was 0, is not held"]),
-        (STRICT, {"a": {"protected": True}, "b": {"retention": 0.1}},
-         ["loss on b was 0.02, is not held"]),
-        (STRICT.model_copy(update={"when_underpowered": "pass"}), {"a": {"protected": True}},
-         ["undecided on all was 0, is not held"]),
-    ],
-)
-def test_what_is_asked_for_less_than_before_is_said(
-    floor: Floor, slices: dict[str, Any], expected: list[str]
-) -> None:
-    assert lowered(release(STRICT, {"a": {"protected": True}}), floor, slices) == expected
-
-
-def test_a_recipe_without_a_floor_has_lowered_all_of_it() -> None:
-    assert len(lowered(release(STRICT, {"a": {"protected": True}}), None)) == 4
-    assert lowered(release(None), STRICT) == []
-
-
-def test_building_twice_does_not_hide_what_was_lowered() -> None:
-    weak = Floor(retention=0.9)
-    memory = [LoweredClause(slice="all", clause="retention", was=0.97, now=0.9)]
-    second = release(weak, floor_lowered=memory)
-    assert lowered(second, weak) == ["retention on all was 0.97, is 0.9"]
-    assert lowered(second, Floor(retention=0.97)) == []
-    both = lowered_clauses([release(Floor(retention=0.95)), second], weak, {})
-    assert [c.was for c in both] == [0.97]
-
-
-def test_manifests_that_cannot_be_read_say_nothing(tmp_path: Path) -> None:
-    artifact = publish(tmp_path, check(), floor=STRICT)
-    exports = tmp_path / "exports" / "tiny"
-    assert [m.floor for m in read_manifests(exports)] == [STRICT]
-    (artifact / "manifest.json").write_text(json.dumps({"recipe": "tiny"}))
-    assert read_manifests(exports) == []
-    assert read_manifests(tmp_path / "nowhere") == []
 
 
 # ---- from build to build ----

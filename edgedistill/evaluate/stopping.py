@@ -15,15 +15,10 @@ import numpy as np
 from pydantic import ValidationError
 
 from edgedistill.errors import InputError
-from edgedistill.evaluate.capabilities import (
-    VISIBLE_LOSS,
-    Measured,
-    measure,
-    tolerated_loss,
-)
+from edgedistill.evaluate.capabilities import VISIBLE_LOSS, Measured, measure, tolerated_loss
 from edgedistill.evaluate.judge import judge
 from edgedistill.evaluate.sequential import FINAL_LEVEL, Bounds, measure_anytime
-from edgedistill.evaluate.statistics import Pairs
+from edgedistill.evaluate.statistics import Bools, Pairs
 from edgedistill.evaluate.suite import ALL_CASES, Case
 from edgedistill.floor import Floor, SliceSpec
 from edgedistill.results import Document, Verdict
@@ -126,7 +121,7 @@ class Sampling:
         self._floor = floor
         self._specs = specs
         names = sorted({name for case in cases for name in case.slices})
-        self._members = {ALL_CASES: np.ones(len(cases), dtype=np.bool_)}
+        self._members: dict[str, Bools] = {ALL_CASES: np.ones(len(cases), dtype=np.bool_)}
         for name in names:
             self._members[name] = np.array([name in case.slices for case in cases])
         self._bounds = {name: self._bounds_of(name) for name in self._members}
