@@ -146,7 +146,9 @@ def dequantize(
 
 @app.command()
 def approve(
-    artifact: Annotated[Path, typer.Argument(help="exports/RECIPE/RUNG/FORMAT", metavar="ARTIFACT")],
+    artifact: Annotated[
+        Path, typer.Argument(help="exports/RECIPE/RUNG/FORMAT", metavar="ARTIFACT")
+    ],
     slice_name: Annotated[str, typer.Option("--slice", help="Where it failed.", metavar="SLICE")],
     because: Annotated[str, typer.Option(help="Why the loss is acceptable.", metavar="REASON")],
     by: Annotated[str, typer.Option(help="Who consents.", metavar="NAME")],

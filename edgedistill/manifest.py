@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from pydantic import Field
+
 import edgedistill
 from edgedistill.cache import StepRecord
 from edgedistill.chat import Chat
@@ -96,8 +98,8 @@ class Manifest(Document):
     budget: list[BudgetCheck]
     bench: Bench | None
     floor: Floor | None = None
-    slices: dict[str, SliceSpec] = {}
-    floor_lowered: list[LoweredClause] = []
+    slices: dict[str, SliceSpec] = Field(default={})
+    floor_lowered: list[LoweredClause] = Field(default=[])
 
 
 def artifact_files(record: StepRecord) -> list[ManifestFile]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from pydantic import Field
+
 from edgedistill.build import Options, Prepared, find_lowered, prepare
 from edgedistill.cache import Cache, StepRecord
 from edgedistill.errors import InputError
@@ -79,9 +81,9 @@ class PlanReport(Document):
     scoring_seconds: float
     peak_rss_bytes: int
     peak_ram_gb_allowed: float | None
-    clauses: list[PlannedClause] = []
+    clauses: list[PlannedClause] = Field(default=[])
     spread_from: str = ""
-    floor_lowered: list[LoweredClause] = []
+    floor_lowered: list[LoweredClause] = Field(default=[])
 
     @property
     def to_run(self) -> int:

@@ -30,8 +30,13 @@ def test_intervals_equal_scipys_paired_bootstrap(weighted: bool) -> None:
     found = share_intervals(pairs)
     for name, statistic in wanted.items():
         expected = stats.bootstrap(
-            columns, statistic, paired=True, vectorized=False, n_resamples=2000,
-            method="percentile", rng=np.random.default_rng(1),
+            columns,
+            statistic,
+            paired=True,
+            vectorized=False,
+            n_resamples=2000,
+            method="percentile",
+            rng=np.random.default_rng(1),
         ).confidence_interval
         width = expected.high - expected.low
         assert found[name].low == pytest.approx(expected.low, abs=0.08 * width)

@@ -27,7 +27,7 @@ from tests.pairs import Rng, draw_pairs, draw_weights
 WIDE = {"score_loss": Interval(low=-1.0, high=1.0)}
 
 
-def tested(pairs: Pairs) -> Measured:
+def slice_of(pairs: Pairs) -> Measured:
     """A slice as the search for unnamed losses needs it, without the cost of intervals."""
     return Measured(pairs, shares(pairs), WIDE, loss_p_value(pairs), SIGNIFICANCE)
 
@@ -38,7 +38,7 @@ def null_suite(rng: Rng, slices: int, cases: int, *, weighted: bool) -> dict[str
     for index in range(slices):
         weights = draw_weights(rng, cases) if weighted else None
         pairs = draw_pairs(rng, cases, broken=0.05, fixed=0.075, weights=weights)
-        found[f"slice {index}"] = tested(pairs)
+        found[f"slice {index}"] = slice_of(pairs)
     return found
 
 
@@ -69,10 +69,10 @@ def test_suites_without_a_loss_are_failed_no_more_often_than_stated(
 def test_a_small_loss_is_tolerated_however_certain_it_is() -> None:
     rng = np.random.default_rng(3)
     pairs = draw_pairs(rng, 20_000, broken=0.025, fixed=0.0)  # 1.5 points of score, no doubt
-    suite = {"big": tested(pairs)}
+    suite = {"big": slice_of(pairs)}
     assert loss_p_value(pairs) < 1e-6
     assert find_unnamed_losses(suite, Floor()) == []
-    worse = {"big": tested(draw_pairs(rng, 20_000, broken=0.05, fixed=0.0))}
+    worse = {"big": slice_of(draw_pairs(rng, 20_000, broken=0.05, fixed=0.0))}
     (check,) = find_unnamed_losses(worse, Floor())
     assert (check.clause, check.slice, check.verdict) == (UNNAMED, "big", "fail")
     assert find_unnamed_losses(worse, Floor(retention=0.9)) == []  # 10% of 0.6 may go anyway
@@ -95,7 +95,7 @@ def test_a_catastrophe_in_one_of_very_many_slices_is_found_in_spite_of_holm() ->
     rng = np.random.default_rng(12)
     pairs = draw_pairs(rng, 400, broken=0.3, fixed=0.0, weights=draw_weights(rng, 400))
     suite = {f"slice {i}": Measured(pairs, shares(pairs), WIDE, 1.0, 0.025) for i in range(2000)}
-    suite["lost"] = tested(pairs)
+    suite["lost"] = slice_of(pairs)
     assert [check.slice for check in find_unnamed_losses(suite, Floor())] == ["lost"]
 
 

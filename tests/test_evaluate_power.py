@@ -95,7 +95,7 @@ def test_an_unnamed_loss_of_the_stated_size_is_found_four_times_in_five() -> Non
     assert 0.02 < smallest < 0.07
     wide = {"score_loss": Interval(low=-1.0, high=1.0)}
 
-    def tested(pairs: Pairs) -> Measured:
+    def slice_of(pairs: Pairs) -> Measured:
         return Measured(pairs, shares(pairs), wide, loss_p_value(pairs), 0.025)
 
     found = 0
@@ -103,8 +103,10 @@ def test_an_unnamed_loss_of_the_stated_size_is_found_four_times_in_five() -> Non
         # 6% flip: so much more breaks than is fixed
         broken = (0.03 + smallest / 2.0) / 0.6
         fixed = (0.03 - smallest / 2.0) / 0.4
-        suite = {"s0": tested(draw_pairs(rng, 500, broken=broken, fixed=max(fixed, 0.0)))}
-        suite |= {f"s{i}": tested(draw_pairs(rng, 500, broken=BROKEN, fixed=FIXED)) for i in range(1, 8)}
+        suite = {"s0": slice_of(draw_pairs(rng, 500, broken=broken, fixed=max(fixed, 0.0)))}
+        suite |= {
+            f"s{i}": slice_of(draw_pairs(rng, 500, broken=BROKEN, fixed=FIXED)) for i in range(1, 8)
+        }
         found += "s0" in [check.slice for check in find_unnamed_losses(suite, Floor())]
     assert 0.68 * runs <= found <= 0.93 * runs, found
 

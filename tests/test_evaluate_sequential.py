@@ -51,9 +51,7 @@ EDGE_SCORE = 0.6 * (1.0 - EDGE_BROKEN) + 0.4 * EDGE_FIXED
 
 def at_the_edge(rng: Rng, weighted: bool) -> Pairs:
     weights = draw_weights(rng, CASES) if weighted else None
-    return draw_pairs(
-        rng, CASES, broken=EDGE_BROKEN, fixed=EDGE_FIXED, rise=0.03, weights=weights
-    )
+    return draw_pairs(rng, CASES, broken=EDGE_BROKEN, fixed=EDGE_FIXED, rise=0.03, weights=weights)
 
 
 @pytest.mark.slow
@@ -274,7 +272,7 @@ def test_what_cannot_be_decided_early_is_judged_on_the_whole_suite(tmp_path: Pat
     found = evaluate(tmp_path, cases, model, Floor(retention=0.985), {})
     assert (found.cases, found.stopped_early, found.verdict) == (500, False, "underpowered")
     assert found.floor[0].cases_needed is not None
-    assert EARLY_LEVEL + FINAL_LEVEL == pytest.approx(SIGNIFICANCE)
+    assert pytest.approx(SIGNIFICANCE) == EARLY_LEVEL + FINAL_LEVEL
 
 
 def test_every_beginning_of_the_order_has_the_suites_mix() -> None:
@@ -383,7 +381,7 @@ def test_the_judging_format_stops_early_where_the_recipe_says_so(
     assert found["int8/onnx: score"] is Score  # a sample is fixed beforehand
     assert set(kinds(early.replace("floor: {{retention: 0.9}}\n", "")).values()) == {Score}
     waived = (
-        '- {slice: all, by: Ann, because: x, on: 2026-01-01, until: 2999-01-01, recipe: tiny, '
+        "- {slice: all, by: Ann, because: x, on: 2026-01-01, until: 2999-01-01, recipe: tiny, "
         f"rung: int8, format: gguf, sha256: {'a' * 64}, consented: {{retention: 0.5}}}}\n"
     )
     assert kinds(early, waived)["int8/gguf: score"] is Score  # what is waived is known in full

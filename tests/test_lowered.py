@@ -14,15 +14,31 @@ from edgedistill.manifest import Manifest
 from edgedistill.results import LoweredClause
 
 
-
 def release(floor: Floor | None, slices: dict[str, Any] | None = None, **more: Any) -> Manifest:
     specs = {n: SliceSpec.model_validate(s) for n, s in (slices or {}).items()}
-    base = {
-        "recipe": "tiny", "rung": "r", "format": "f", "runtime": "x", "edgedistill": "0",
-        "license": None, "student": "s", "context_tokens": 8, "chat": Chat(), "parameters": 1,
-        "size_bytes": 1, "weight_bytes": 1, "bits_per_weight": 1.0, "shippable": True,
-        "why_not": None, "files": [], "lineage": [], "libraries": {}, "verification": None,
-        "quality": None, "budget": [], "bench": None,
+    base: dict[str, Any] = {
+        "recipe": "tiny",
+        "rung": "r",
+        "format": "f",
+        "runtime": "x",
+        "edgedistill": "0",
+        "license": None,
+        "student": "s",
+        "context_tokens": 8,
+        "chat": Chat(),
+        "parameters": 1,
+        "size_bytes": 1,
+        "weight_bytes": 1,
+        "bits_per_weight": 1.0,
+        "shippable": True,
+        "why_not": None,
+        "files": [],
+        "lineage": [],
+        "libraries": {},
+        "verification": None,
+        "quality": None,
+        "budget": [],
+        "bench": None,
     }
     return Manifest.model_validate(base | {"floor": floor, "slices": specs} | more)
 
@@ -42,19 +58,34 @@ STRICT = Floor(retention=0.97, max_broken=0.1)
     [
         (STRICT, {"a": {"protected": True}}, []),
         (Floor(retention=0.98, max_broken=0.05, score=0.5), {"a": {"protected": True}}, []),
-        (Floor(retention=0.96, max_broken=0.1), {"a": {"protected": True}},
-         ["retention on all was 0.97, is 0.96"]),
-        (Floor(retention=0.97, max_broken=0.2), {"a": {"protected": True}},
-         ["max_broken on all was 0.1, is 0.2"]),
-        (Floor(max_broken=0.1), {"a": {"protected": True}},
-         ["retention on all was 0.97, is not held"]),
+        (
+            Floor(retention=0.96, max_broken=0.1),
+            {"a": {"protected": True}},
+            ["retention on all was 0.97, is 0.96"],
+        ),
+        (
+            Floor(retention=0.97, max_broken=0.2),
+            {"a": {"protected": True}},
+            ["max_broken on all was 0.1, is 0.2"],
+        ),
+        (
+            Floor(max_broken=0.1),
+            {"a": {"protected": True}},
+            ["retention on all was 0.97, is not held"],
+        ),
         (STRICT, {}, ["loss on a was 0, is 0.02"]),
         (STRICT, {"a": {"retention": 0.5}}, ["loss on a was 0, is not held"]),
         (STRICT, {"a": {"sacrificed": "why"}}, ["loss on a was 0, is not held"]),
-        (STRICT, {"a": {"protected": True}, "b": {"retention": 0.1}},
-         ["loss on b was 0.02, is not held"]),
-        (STRICT.model_copy(update={"when_underpowered": "pass"}), {"a": {"protected": True}},
-         ["undecided on all was 0, is not held"]),
+        (
+            STRICT,
+            {"a": {"protected": True}, "b": {"retention": 0.1}},
+            ["loss on b was 0.02, is not held"],
+        ),
+        (
+            STRICT.model_copy(update={"when_underpowered": "pass"}),
+            {"a": {"protected": True}},
+            ["undecided on all was 0, is not held"],
+        ),
     ],
 )
 def test_what_is_asked_for_less_than_before_is_said(

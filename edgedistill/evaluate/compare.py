@@ -125,9 +125,7 @@ def _match(cases: Sequence[Case], scores: Mapping[str, LogProbs], directory: Pat
     return scored
 
 
-def match_reference(
-    cases: Sequence[Case], scores: Mapping[str, LogProbs], directory: Path
-) -> None:
+def match_reference(cases: Sequence[Case], scores: Mapping[str, LogProbs], directory: Path) -> None:
     """Make sure that the reference scored these cases.
 
     Raises:

@@ -138,9 +138,7 @@ class _SlicePlan:
         """Decided where a loss of ``VISIBLE_LOSS`` would be seen."""
         half_width = NormalDist().inv_cdf(1.0 - self._level) * self._loss_error
         decides = half_width <= VISIBLE_LOSS
-        needed = (
-            None if decides else more_cases_needed(self._cases, half_width, VISIBLE_LOSS)
-        )
+        needed = None if decides else more_cases_needed(self._cases, half_width, VISIBLE_LOSS)
         smallest = self._found(self._loss_error, self._level)
         return self._planned("protected", 0.0, smallest, VISIBLE_LOSS, decides, needed)
 

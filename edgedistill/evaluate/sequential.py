@@ -102,9 +102,7 @@ def _ratios(pairs: Pairs, bounds: Bounds) -> dict[str, Ratio]:
     return {
         "score": Ratio(right, total, 0.0, 1.0),
         "reference_score": Ratio(reference_right, total, 0.0, 1.0),
-        "retention": Ratio(
-            right, reference_right, 0.0, 1.0, unbased=1.0, end=LARGEST_RETENTION
-        ),
+        "retention": Ratio(right, reference_right, 0.0, 1.0, unbased=1.0, end=LARGEST_RETENTION),
         "broken": Ratio(broken, reference_right, 0.0, 1.0),
         "score_loss": Ratio(reference_right - right, total, -1.0, 1.0),
         "log_score_loss": Ratio(
@@ -140,9 +138,7 @@ class _Bettor:
     def interval(self, ratio: Ratio, point: float) -> Interval:
         """All values of the figure that no bet has made 1 / level against, up to now."""
         needed = -math.log(EARLY_LEVEL)
-        low = _last_true(
-            lambda m: self.log_capital(*ratio.above(m)) >= needed, ratio.lowest, point
-        )
+        low = _last_true(lambda m: self.log_capital(*ratio.above(m)) >= needed, ratio.lowest, point)
         high = math.inf
         if ratio.bounded:
             end = ratio.highest if ratio.end is None else ratio.end

@@ -135,9 +135,7 @@ class Sampling:
     def rest(self, scored: int) -> list[int]:
         """The cases of slices that are scored in full, beyond the first ``scored`` of the order."""
         return [
-            i
-            for i in self.order[scored:]
-            if any(self._members[name][i] for name in self.in_full)
+            i for i in self.order[scored:] if any(self._members[name][i] for name in self.in_full)
         ]
 
     def measure(

@@ -146,21 +146,27 @@ def append_waiver(path: Path, waiver: Waiver, *, recipe: Path) -> None:
     try:
         with recipe.open("rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            before = read_waivers(path)
-            text = path.read_text(encoding="utf-8") if path.exists() else HEADER
-            text += "" if text.endswith("\n") else "\n"
-            with aside.open("w", encoding="utf-8") as file:
-                file.write(text + describe_waiver(waiver))
-                file.flush()
-                os.fsync(file.fileno())
-            if not _holds(aside, [*before, waiver]):
-                hint = "write its entries one below the other, as `- slice: ...`"
-                raise InputError("nothing can be added at its end", where=str(path), hint=hint)
-            aside.replace(path)
+            try:
+                _write_aside(aside, path, waiver)
+                aside.replace(path)
+            finally:  # while nobody else may write there
+                aside.unlink(missing_ok=True)
     except OSError as error:
         raise disk_error(error, path) from error
-    finally:
-        aside.unlink(missing_ok=True)
+
+
+def _write_aside(aside: Path, path: Path, waiver: Waiver) -> None:
+    """Write what ``path`` holds and the waiver below it, and read it back."""
+    before = read_waivers(path)
+    text = path.read_text(encoding="utf-8") if path.exists() else HEADER
+    text += "" if text.endswith("\n") else "\n"
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(text + describe_waiver(waiver))
+        file.flush()
+        os.fsync(file.fileno())
+    if not _holds(aside, [*before, waiver]):
+        hint = "write its entries one below the other, as `- slice: ...`"
+        raise InputError("nothing can be added at its end", where=str(path), hint=hint)
 
 
 def _holds(path: Path, waivers: list[Waiver]) -> bool:
