@@ -90,7 +90,10 @@ def find_unnamed_losses(slices: Mapping[str, Measured], floor: Floor) -> list[Fl
     adjusted = holm([found.p_value for found in slices.values()])
     for (name, found), p_value in zip(slices.items(), adjusted, strict=True):
         tolerated = tolerated_loss(floor, found.value("reference_score"))
-        if p_value < found.level and found.value("score_loss") > tolerated:
+        interval = found.intervals["score_loss"]
+        # Early on the value itself is chosen by when one stopped; only its interval counts.
+        lost = interval.low if found.early else found.value("score_loss")
+        if p_value < found.level and lost > tolerated:
             losses.append(_loss_check(UNNAMED, name, found, limit=tolerated, verdict="fail"))
     return losses
 

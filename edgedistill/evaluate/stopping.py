@@ -205,7 +205,10 @@ class Sampling:
         if found is None:
             return True
         tolerated = tolerated_loss(self._floor, found.value("reference_score"))
-        return found.intervals["score_loss"].high > max(VISIBLE_LOSS, tolerated)
+        interval = found.intervals["score_loss"]
+        if interval.low > 0.0 and found.value("score_loss") > tolerated:
+            return True  # a loss, and all cases have to say whether it is tolerated
+        return interval.high > max(VISIBLE_LOSS, tolerated)
 
     def _bounds_of(self, name: str) -> Bounds:
         members = self._members[name]
