@@ -128,6 +128,8 @@ class _SlicePlan:
         else:
             error, distance = self._error(spread.log_score_sd**2, 0.0), limit
         smallest = self._found(error, self._level)
+        if clause == "max_broken":  # the broken case that the interval adds moves it as a whole
+            smallest += 1.0 / (self._effective * right)
         decides = distance >= smallest
         needed = None
         if not decides and distance > 0.0:
