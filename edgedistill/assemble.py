@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from edgedistill.cache import StepRecord
 from edgedistill.errors import EdgedistillError, ExitCode
+from edgedistill.evaluate.waivers import apply_waivers, read_waivers, utc_today
 from edgedistill.manifest import artifact_files
 from edgedistill.pipeline import Pipeline, Step
 from edgedistill.plan import ArtifactSteps, BuildSteps
@@ -85,6 +86,7 @@ class _Gatherer:
         pipeline: Pipeline,
         rulings: dict[tuple[str, str, str], Ruling],
     ) -> None:
+        self._waivers = read_waivers(recipe.waivers)
         self._recipe = recipe
         self._steps = steps
         self._pipeline = pipeline
@@ -115,12 +117,23 @@ class _Gatherer:
         return BuiltArtifact(steps, out / "artifact", record, self._ruled(steps, report))
 
     def _evaluation(self, steps: ArtifactSteps) -> Evaluation | None:
-        own = _read(self._pipeline, steps.compare, EVALUATION_FILE, Evaluation)
+        own = self._waived(steps, _read(self._pipeline, steps.compare, EVALUATION_FILE, Evaluation))
         if steps.judges:
             return own
         judges = (a for a in self._steps.artifacts if a.rung == steps.rung and a.judges)
-        judge = next((a.compare for a in judges), None)
-        return combine_quality(own, _read(self._pipeline, judge, EVALUATION_FILE, Evaluation))
+        judge = next(judges, None)
+        if judge is None:
+            return own
+        found = _read(self._pipeline, judge.compare, EVALUATION_FILE, Evaluation)
+        return combine_quality(own, self._waived(judge, found))
+
+    def _waived(self, steps: ArtifactSteps, found: Evaluation | None) -> Evaluation | None:
+        """With the losses that somebody consented to; they expire, so the cache knows none."""
+        if found is None:
+            return None
+        recipe = self._recipe
+        meant = [w for w in self._waivers if w.is_for(recipe.name, steps.rung, steps.format)]
+        return apply_waivers(found, meant, floor=recipe.floor, today=utc_today())
 
     def _ruled(self, steps: ArtifactSteps, report: ArtifactReport) -> ArtifactReport:
         """The report with budget and verdict: shippable when it ships for any target."""

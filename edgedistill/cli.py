@@ -145,6 +145,42 @@ def dequantize(
 
 
 @app.command()
+def approve(
+    artifact: Annotated[
+        Path, typer.Argument(help="exports/RECIPE/RUNG/FORMAT", metavar="ARTIFACT")
+    ],
+    slice_name: Annotated[str, typer.Option("--slice", help="Where it failed.", metavar="SLICE")],
+    because: Annotated[str, typer.Option(help="Why the loss is acceptable.", metavar="REASON")],
+    by: Annotated[str, typer.Option(help="Who consents.", metavar="NAME")],
+    until: Annotated[str, typer.Option(help="The last day, such as 2026-01-31.", metavar="DATE")],
+    recipe: Annotated[
+        Path | None,
+        typer.Option("--recipe", help="Default: recipes/RECIPE.yaml.", metavar="RECIPE"),
+    ] = None,
+) -> None:
+    """Consent to what an artifact lost on a slice, for a time, in a file beside the recipe."""
+
+    def run() -> int:
+        from edgedistill.evaluate.approve import approve as record
+        from edgedistill.evaluate.waivers import describe_waiver, utc_today
+
+        waiver, path = record(
+            artifact,
+            slice_name=slice_name,
+            because=because,
+            by=by,
+            until=until,
+            recipe=recipe,
+            today=utc_today(),
+        )
+        typer.echo(describe_waiver(waiver), nl=False)
+        typer.echo(f"added to {path}; commit it, and build again", err=True)
+        return ExitCode.OK
+
+    _run(run)
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON Schema of recipes, for editors."""
 

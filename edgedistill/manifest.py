@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
+
+from pydantic import Field
 
 import edgedistill
 from edgedistill.cache import StepRecord
 from edgedistill.chat import Chat
 from edgedistill.choice_results import Router
+from edgedistill.floor import Floor, SliceSpec
 from edgedistill.pipeline import Step
 from edgedistill.recipe import Recipe
 from edgedistill.results import (
@@ -17,6 +21,7 @@ from edgedistill.results import (
     Document,
     FieldQuality,
     FloorCheck,
+    LoweredClause,
     SliceQuality,
     Verdict,
     Verification,
@@ -61,6 +66,7 @@ class Quality(Document):
     slices: list[SliceQuality]
     floor: list[FloorCheck]
     fields: tuple[FieldQuality, ...] = ()
+    stopped_early: bool = False
 
 
 class Manifest(Document):
@@ -68,6 +74,8 @@ class Manifest(Document):
 
     Attributes:
         router: the confidence from which the app may trust the artifact.
+        floor: that it was held to, on all cases; ``slices`` the capability spec.
+        floor_lowered: clauses that earlier releases were held to more strictly.
     """
 
     schema_version: Literal[1] = 1
@@ -94,6 +102,9 @@ class Manifest(Document):
     budget: list[BudgetCheck]
     bench: Bench | None
     router: Router | None = None
+    floor: Floor | None = None
+    slices: dict[str, SliceSpec] = Field(default={})
+    floor_lowered: list[LoweredClause] = Field(default=[])
 
 
 def artifact_files(record: StepRecord) -> list[ManifestFile]:
@@ -107,7 +118,13 @@ def artifact_files(record: StepRecord) -> list[ManifestFile]:
 
 
 def make_manifest(
-    recipe: Recipe, student: str, report: ArtifactReport, export: Step, record: StepRecord
+    recipe: Recipe,
+    student: str,
+    report: ArtifactReport,
+    export: Step,
+    record: StepRecord,
+    *,
+    lowered: Sequence[LoweredClause] = (),
 ) -> Manifest:
     """The manifest of an artifact.
 
@@ -116,6 +133,7 @@ def make_manifest(
         student: its name as people know it.
         report: its figures and verdict.
         export: the step that wrote it, with its lineage; ``record`` is what it left.
+        lowered: clauses that earlier releases were held to more strictly.
     """
     lineage = export.lineage()
     return Manifest(
@@ -142,6 +160,9 @@ def make_manifest(
         budget=report.budget,
         bench=report.bench,
         router=report.evaluation.router if report.evaluation else None,
+        floor=recipe.floor,
+        slices=recipe.slices,
+        floor_lowered=list(lowered),
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from edgedistill.beside import Beside
 from edgedistill.content import ContentHashes
 from edgedistill.errors import UsageError
+from edgedistill.evaluate.waivers import in_force, read_waivers, utc_today
 from edgedistill.pipeline import Step, unique
 from edgedistill.plugins import did_you_mean, load_plugin
 from edgedistill.recipe import Recipe, StageStep
@@ -24,6 +25,7 @@ from edgedistill.tasks import (
     RunStage,
     Score,
     ScoreReference,
+    ScoreUntilDecided,
     TakeIn,
     Verify,
 )
@@ -126,6 +128,7 @@ class _Planner:
         self._rebench = rebench
         self._hashes = ContentHashes()
         self._threads = recipe.build.threads
+        self._waived = in_force(read_waivers(recipe.waivers), recipe.name, utc_today())
         self._taken_in = self._step("take in the student", TakeIn(source=student))
         first = next(
             (i for i, s in enumerate(recipe.stages) if s.name not in REFERENCE_STAGES),
@@ -163,17 +166,8 @@ class _Planner:
         )
         score = compare = None
         if self._reference_scores:
-            task = Score(
-                runtime=runtime,
-                suite=recipe.suite,
-                sample=sample,
-                chat=recipe.chat,
-                context_tokens=context,
-                threads=self._threads,
-            )
-            # The reference's tokenizer and template ask every rung the same questions.
-            score = self._step(f"{label}: score", task, artifact=export, student=self._reference)
             scores = self._reference_scores
+            score = self._score(label, runtime, sample, export, scores)
             compare = self._compare(
                 label, runtime, scores, score, judged=True, beside=self._beside(rung, name)
             )
@@ -231,6 +225,33 @@ class _Planner:
         if released is not None:
             beside |= {"previous": released.scores, "previous_name": released.name}
         return Beside(**beside)
+
+    def _score(
+        self, label: str, runtime: str, sample: int | None, export: Step, reference: Step
+    ) -> Step:
+        recipe = self._recipe
+        common: dict[str, Any] = {
+            "runtime": runtime,
+            "suite": recipe.suite,
+            "chat": recipe.chat,
+            "context_tokens": recipe.context_tokens,
+            "threads": self._threads,
+        }
+        # The reference's tokenizer and template ask every rung the same questions.
+        inputs = {"artifact": export, "student": self._reference}
+        if sample is None and self._stops_early(label):
+            inputs["reference_scores"] = reference
+            early = ScoreUntilDecided(**common, floor=recipe.floor, slices=recipe.slices)
+            return self._step(f"{label}: score", early, **inputs)
+        return self._step(f"{label}: score", Score(**common, sample=sample), **inputs)
+
+    def _stops_early(self, label: str) -> bool:
+        """Whether a verdict can end the sampling; where a failure is waived all cases count."""
+        recipe = self._recipe
+        if not recipe.evaluate.stop_early or not (recipe.floor or recipe.slices):
+            return False
+        rung, _, format_name = label.partition("/")
+        return (rung, format_name) not in self._waived
 
     def _compare(
         self,

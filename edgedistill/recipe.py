@@ -131,14 +131,32 @@ class Target(Part):
     rungs: tuple[str, ...] | None = None
 
 
+class Expected(Part):
+    """What `plan` takes for granted of a rung until one was measured.
+
+    Attributes:
+        flips: share of cases whose answer changes between right and wrong, either way.
+        log_score_sd: standard deviation of a case's rise of the log-score, in nats.
+        reference_score: share of cases that the reference gets right.
+    """
+
+    flips: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.06
+    log_score_sd: Positive = 0.25
+    reference_score: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.7
+
+
 class EvaluateSettings(Part):
     """How the suite is run.
 
     Attributes:
         sample: format -> cases of its paired sample, where another format of the rung judges.
+        stop_early: score cases in a random order, and stop when the verdict is decided.
+        expect: by which `plan` says what the suite can decide.
     """
 
     sample: dict[FormatName, Annotated[int, Field(ge=1)]] = {}
+    stop_early: bool = False
+    expect: Expected = Expected()
 
     def sample_of(self, format_name: str) -> int:
         """Cases of the paired sample; Core ML is interpreted here, so its default is small."""
@@ -172,6 +190,8 @@ class Recipe(Part):
         router: fits the confidence below which the app should ask elsewhere.
         teacher: recorded answers to the suite, JSON lines, shown beside the reference.
         previous: kept exports of the last release, whose answers are compared with.
+        waivers: losses that somebody consented to; by default ``NAME.waivers.yaml`` beside the
+            recipe's NAME.yaml.  The file need not exist.
         texts: name -> text file to verify on, beside the built-in texts.
     """
 
@@ -190,6 +210,7 @@ class Recipe(Part):
     router: RouterSettings | None = None
     teacher: Path | None = None
     previous: Path | None = None
+    waivers: Path | None = None
     texts: dict[Name, Path] = {}
     evaluate: EvaluateSettings = EvaluateSettings()
     build: BuildSettings = BuildSettings()

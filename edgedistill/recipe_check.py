@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ def check_recipe(recipe: Recipe, facts: DecoderFacts | None) -> list[Finding]:
     """
     findings = [*_check_files(recipe), *_check_names(recipe), *_check_suite(recipe)]
     findings += _check_beside(recipe)
+    findings += [*_check_stopping(recipe), *_check_waivers(recipe)]
     if facts is not None:
         findings += [*_check_context(recipe, facts), *_check_stages(recipe, facts)]
         findings += [*_check_grids(recipe, facts), *_check_budgets(recipe, facts)]
@@ -46,7 +48,7 @@ def check_recipe(recipe: Recipe, facts: DecoderFacts | None) -> list[Finding]:
 
 def _check_files(recipe: Recipe) -> Iterator[Finding]:
     for place, path in _paths(recipe, ()):
-        if not path.exists():
+        if place != ("waivers",) and not path.exists():
             yield Finding(place, f"there is no such file or directory: {path}")
 
 
@@ -142,6 +144,29 @@ def _check_beside(recipe: Recipe) -> Iterator[Finding]:
                         find_released(recipe.previous, rung, name)
         except EdgedistillError as error:
             yield Finding(("previous",), str(error))
+
+
+def _check_stopping(recipe: Recipe) -> Iterator[Finding]:
+    """Sampling stops early on what is bounded, which the bits of a text are not."""
+    if recipe.evaluate.stop_early and recipe.suite and all(p.is_file() for p in recipe.suite):
+        from edgedistill.evaluate.suite import TextCase, load_suite
+
+        with suppress(EdgedistillError):  # said of the suite already
+            if any(isinstance(case, TextCase) for case in load_suite(recipe.suite)):
+                yield Finding(
+                    ("evaluate", "stop_early"),
+                    "the suite holds texts, on which sampling cannot stop early",
+                    "take it out, or the texts out of the suite",
+                )
+
+
+def _check_waivers(recipe: Recipe) -> Iterator[Finding]:
+    from edgedistill.evaluate.waivers import read_waivers
+
+    try:
+        read_waivers(recipe.waivers)
+    except EdgedistillError as error:
+        yield Finding(("waivers",), str(error))
 
 
 def _check_context(recipe: Recipe, facts: DecoderFacts) -> Iterator[Finding]:

@@ -171,6 +171,8 @@ class FloorCheck(Document):
         value: the measured figure; it and ``interval`` are None where no case of the slice was
             scored (verdict ``not measured``, possible in a sample only).
         cases_needed: how many more cases of the slice would decide, where the scored ones cannot.
+        waived: whether it failed and somebody consented to that, so that it passes.
+        note: who consented to a loss, until when and why, or why a waiver does not hold.
     """
 
     clause: str
@@ -180,6 +182,8 @@ class FloorCheck(Document):
     interval: Interval | None
     verdict: Verdict
     cases_needed: int | None = None
+    waived: bool = False
+    note: str | None = None
 
 
 class Evaluation(Document):
@@ -204,11 +208,32 @@ class Evaluation(Document):
     classes: list[ClassChange] = []
     router: Router | None = None
     against: list[Against] = []
+    stopped_early: bool = False
 
     @property
     def overall(self) -> SliceQuality:
         """Quality over all cases."""
         return self.slices[0]
+
+
+class LoweredClause(Document):
+    """A clause that was held higher in an earlier release of the same recipe.
+
+    Attributes:
+        clause: of the floor; ``loss`` is how much of its score a slice may lose (0 when it is
+            protected), ``undecided`` the share of undecided clauses that may ship.
+        was, now: the limits; ``now`` is None where the clause is gone.
+    """
+
+    slice: str
+    clause: str
+    was: float
+    now: float | None
+
+    def __str__(self) -> str:
+        """In one line, for people."""
+        now = "not held" if self.now is None else f"{self.now:g}"
+        return f"{self.clause} on {self.slice} was {self.was:g}, is {now}"
 
 
 class Timing(Document):
@@ -314,6 +339,7 @@ class BuildReport(Document):
 
     Attributes:
         peak_ram_limit_bytes: what the recipe allows any step to hold; None when it says nothing.
+        floor_lowered: clauses that earlier releases among the exports were held to.
     """
 
     schema_version: Literal[1] = 1
@@ -332,6 +358,7 @@ class BuildReport(Document):
     machine: dict[str, str]
     exit_code: int
     peak_ram_limit_bytes: int | None = None
+    floor_lowered: list[LoweredClause] = []
 
     @property
     def peak_rss_bytes(self) -> int:

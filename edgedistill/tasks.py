@@ -312,3 +312,36 @@ class ScoreHarness(Task):
     def plugins(self) -> list[tuple[Kind, str]]:
         """The runtime."""
         return [("runtimes", self.runtime)]
+
+
+class ScoreUntilDecided(Task):
+    """Score as many cases of the suite as the verdict takes, with an artifact in its runtime."""
+
+    runtime: str
+    suite: tuple[Path, ...]
+    chat: Chat
+    context_tokens: int
+    floor: Floor | None
+    slices: dict[str, SliceSpec]
+
+    def run(self, inputs: Mapping[str, Path], dst: Path) -> None:
+        """Reads ``artifact``, ``student`` and ``reference_scores``, writes ``scores.jsonl``."""
+        from edgedistill.evaluate.score_early import score_until_decided
+
+        score_until_decided(
+            inputs["artifact"] / ARTIFACT,
+            self.runtime,
+            inputs["student"],
+            self.suite,
+            inputs["reference_scores"],
+            dst,
+            floor=self.floor,
+            slices=self.slices,
+            chat=self.chat,
+            threads=self.threads,
+            context_tokens=self.context_tokens,
+        )
+
+    def plugins(self) -> list[tuple[Kind, str]]:
+        """The runtime."""
+        return [("runtimes", self.runtime)]
