@@ -19,11 +19,13 @@ from edgedistill.results import (
     Evaluation,
     Judgement,
     SliceQuality,
+    TrafficFindings,
     Verification,
 )
 from edgedistill.tasks import (
     BENCH_FILE,
     EVALUATION_FILE,
+    TRAFFIC_FILE,
     VERIFICATION_FILE,
     WEIGHTS_FILE,
     Weights,
@@ -108,6 +110,7 @@ class _Gatherer:
             verification=_read(self._pipeline, steps.verify, VERIFICATION_FILE, Verification),
             evaluation=self._evaluation(steps),
             bench=bench,
+            traffic=_read(self._pipeline, steps.traffic, TRAFFIC_FILE, TrafficFindings),
             budget=[],
             shippable=False,
             why_not=None,

@@ -18,10 +18,12 @@ from edgedistill.tasks import (
     Compare,
     Export,
     JudgeLogits,
+    ReadTraffic,
     RunStage,
     Score,
     ScoreReference,
     TakeIn,
+    Traffic,
     Verify,
 )
 
@@ -39,6 +41,7 @@ class ArtifactSteps:
         student: the step that makes the rung's weights.
         score, compare: None without a suite.
         bench: None where the runtime's speed says nothing about a device.
+        traffic: None without a traffic file, and where another format of the rung judges.
     """
 
     rung: str
@@ -52,6 +55,7 @@ class ArtifactSteps:
     score: Step | None
     compare: Step | None
     bench: Step | None
+    traffic: Step | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,7 @@ class BuildSteps:
         artifacts = self.artifacts
         steps = [self.reference, *(a.export for a in artifacts), *(a.verify for a in artifacts)]
         steps += [s for s in (self.reference_quality, *(a.compare for a in artifacts)) if s]
+        steps += [a.traffic for a in artifacts if a.traffic]
         steps += [a.bench for a in artifacts if a.bench]
         return unique(s for step in steps for s in step.lineage())
 
@@ -131,6 +136,7 @@ class _Planner:
         self._reference = self._stages("", recipe.stages[:first], self._taken_in)
         self._shared = self._stages("", recipe.stages[first:], self._reference)
         self._reference_scores = self._score_reference() if recipe.suite else None
+        self._reference_traffic = self._read_traffic(recipe.traffic) if recipe.traffic else None
 
     def plan(self) -> BuildSteps:
         artifacts = [
@@ -184,6 +190,7 @@ class _Planner:
             score=score,
             compare=compare,
             bench=None if limited else self._bench(label, runtime, student, export),
+            traffic=self._traffic(label, runtime, export) if judges else None,
         )
 
     def _verify(self, label: str, name: str, runtime: str, student: Step, export: Step) -> Step:
@@ -229,6 +236,28 @@ class _Planner:
         )
         inputs = {"reference_scores": reference, "artifact_scores": scores}
         return self._step(f"{label}: judge", task, **inputs)
+
+    def _read_traffic(self, traffic: Path) -> Step:
+        task = ReadTraffic(
+            traffic=traffic,
+            sample=self._recipe.evaluate.traffic_sample,
+            chat=self._recipe.chat,
+            context_tokens=self._recipe.context_tokens,
+            threads=self._threads,
+        )
+        return self._step("reference: traffic", task, student=self._reference)
+
+    def _traffic(self, label: str, runtime: str, export: Step) -> Step | None:
+        if self._reference_traffic is None:
+            return None
+        task = Traffic(
+            runtime=runtime,
+            suite=self._recipe.suite,
+            context_tokens=self._recipe.context_tokens,
+            threads=self._threads,
+        )
+        inputs = {"student": self._reference, "reference_traffic": self._reference_traffic}
+        return self._step(f"{label}: traffic", task, artifact=export, **inputs)
 
     def _bench(self, label: str, runtime: str, student: Step, export: Step) -> Step:
         task = BenchArtifact(

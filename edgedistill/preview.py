@@ -18,7 +18,7 @@ from edgedistill.estimate import (
 from edgedistill.pipeline import Step
 from edgedistill.recipe import Recipe
 from edgedistill.results import Document
-from edgedistill.tasks import JudgeLogits, Score, ScoreReference
+from edgedistill.tasks import JudgeLogits, ReadTraffic, Score, ScoreReference
 
 
 class PlannedStep(Document):
@@ -161,7 +161,7 @@ class _Estimate:
             seconds = scoring_seconds(self._facts, self._cases, None)
         elif artifact and isinstance(step.task, Score):
             seconds = artifact.seconds
-        if isinstance(step.task, ScoreReference | JudgeLogits):
+        if isinstance(step.task, ScoreReference | JudgeLogits | ReadTraffic):
             return seconds, judge_peak_bytes(self._facts)
         if artifact and "artifact" in step.inputs:
             return seconds, runtime_peak_bytes(artifact.weight_bytes)

@@ -136,9 +136,11 @@ class EvaluateSettings(Part):
 
     Attributes:
         sample: format -> cases of its paired sample, where another format of the rung judges.
+        traffic_sample: distinct prompts of the traffic that reference and artifact are run on.
     """
 
     sample: dict[FormatName, Annotated[int, Field(ge=1)]] = {}
+    traffic_sample: Annotated[int, Field(ge=1)] = 300
 
     def sample_of(self, format_name: str) -> int:
         """Cases of the paired sample; Core ML is interpreted here, so its default is small."""
@@ -163,6 +165,7 @@ class Recipe(Part):
         rungs: name -> its own steps; an empty list is an unquantized rung.
         export: formats without a budget; or else ``targets``.
         suite: evaluation cases, JSON lines; without one nothing is judged.
+        traffic: a log of unlabelled requests, searched for what no case measures.
         texts: name -> text file to verify on, beside the built-in texts.
     """
 
@@ -176,6 +179,7 @@ class Recipe(Part):
     export: Annotated[tuple[FormatName, ...], Field(min_length=1)] | None = None
     targets: dict[Name, Target] = {}
     suite: Annotated[tuple[Path, ...], BeforeValidator(_as_list)] = ()
+    traffic: Path | None = None
     floor: Floor | None = None
     slices: dict[str, SliceSpec] = {}
     texts: dict[Name, Path] = {}

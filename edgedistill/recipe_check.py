@@ -37,6 +37,7 @@ def check_recipe(recipe: Recipe, facts: DecoderFacts | None) -> list[Finding]:
         facts: of the student; None when they are not known yet, which leaves out what needs them.
     """
     findings = [*_check_files(recipe), *_check_names(recipe), *_check_suite(recipe)]
+    findings += _check_traffic(recipe)
     if facts is not None:
         findings += [*_check_context(recipe, facts), *_check_stages(recipe, facts)]
         findings += [*_check_grids(recipe, facts), *_check_budgets(recipe, facts)]
@@ -109,6 +110,17 @@ def _check_suite(recipe: Recipe) -> Iterator[Finding]:
             what = "sacrificed slice" if spec.sacrificed else "slice"
             message = f"no case of the suite is in the {what} {name!r}"
             yield Finding(("slices", name), message, did_you_mean(name, known, "the suite has"))
+
+
+def _check_traffic(recipe: Recipe) -> Iterator[Finding]:
+    if recipe.traffic is None or not recipe.traffic.is_file():
+        return
+    from edgedistill.evaluate.logs import read_logs
+
+    try:
+        read_logs(recipe.traffic)
+    except EdgedistillError as error:
+        yield Finding(("traffic",), str(error))
 
 
 def _check_context(recipe: Recipe, facts: DecoderFacts) -> Iterator[Finding]:
