@@ -12,12 +12,11 @@ CHOICES = ("bad", "poor", "neutral", "good", "great")
 START_S = 1_760_000_000
 
 
-def real_cases(count: int, *, skip: int = 0) -> list[dict[str, Any]]:
-    """Cases of the training data, spread over its four sources."""
+def real_cases(count: int, *, offset: int = 0) -> list[dict[str, Any]]:
+    """Cases of the training data, spread over its four sources; other ones for another offset."""
     lines = TRAIN.read_text(encoding="utf-8").split("\n")
     cases = [json.loads(line) for line in lines if line]
-    step = len(cases) // (count + skip)
-    return cases[:: max(1, step)][skip : skip + count]
+    return cases[offset :: len(cases) // count][:count]
 
 
 def log_rows(count: int, *, repeats: int = 0) -> list[dict[str, Any]]:

@@ -64,8 +64,8 @@ def bad_at_numbers(untied: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return change_rows(untied, tmp_path_factory.mktemp("bad") / "student", digits)
 
 
-def texts_without_digits(count: int, skip: int = 0) -> list[str]:
-    texts = [case["messages"][0]["content"] for case in real_cases(3 * count, skip=skip)]
+def texts_without_digits(count: int, offset: int = 0) -> list[str]:
+    texts = [case["messages"][0]["content"] for case in real_cases(3 * count, offset=offset)]
     return [t for t in texts if len(t) < 120 and not any(c.isdigit() for c in t)][:count]
 
 
@@ -224,7 +224,7 @@ def findings(artifact: Path, student: Path, read: Path, suite: list[Path]) -> Tr
 def test_a_capability_that_broke_and_no_case_measures_is_named(
     untied: Path, bad_at_numbers: Path, read: Path, tmp_path: Path
 ) -> None:
-    suite = write_cases(tmp_path / "suite.jsonl", texts_without_digits(150, skip=1))
+    suite = write_cases(tmp_path / "suite.jsonl", texts_without_digits(150, offset=1))
     found = findings(bad_at_numbers, untied, read, [suite])
     assert (found.skipped, found.left_out) == (1, 1)
     assert found.prompts == found.distinct - 1
@@ -248,12 +248,12 @@ def test_with_cases_for_it_the_same_capability_is_measured(
 ) -> None:
     rng = random.Random(12)
     sums = [rng.choice(NUMBERS).format(rng.randrange(10**4), rng.randrange(10**4)) for _ in "x" * 40]
-    suite = write_cases(tmp_path / "suite.jsonl", texts_without_digits(150, skip=1) + sums)
+    suite = write_cases(tmp_path / "suite.jsonl", texts_without_digits(150, offset=1) + sums)
     found = findings(bad_at_numbers, untied, read, [suite])
     assert "digits" in found.clusters[0].properties
     assert found.clusters[0].measured is True
     assert found.clusters[0].nearest_case is not None
-    assert int(found.clusters[0].nearest_case[1:]) >= len(texts_without_digits(150, skip=1))
+    assert int(found.clusters[0].nearest_case[1:]) >= len(texts_without_digits(150, offset=1))
 
 
 def test_the_figures_are_weighted_by_what_each_prompt_stands_for(
