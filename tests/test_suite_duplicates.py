@@ -3,19 +3,23 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
+
+import pytest
 
 from edgedistill.evaluate import duplicates
 from edgedistill.evaluate.duplicates import group_duplicates
 from tests.sentiment_logs import real_cases
 
 
+@cache
+def shingles(text: str) -> frozenset[tuple[str, ...]]:
+    words = text.casefold().split()
+    return frozenset(zip(words, words[1:], words[2:], strict=False)) or frozenset([tuple(words)])
+
+
 def jaccard(one: str, other: str) -> float:
     """The definition, on tuples of words."""
-
-    def shingles(text: str) -> set[tuple[str, ...]]:
-        words = text.casefold().split()
-        return set(zip(words, words[1:], words[2:], strict=False)) or {tuple(words)}
-
     a, b = shingles(one), shingles(other)
     return len(a & b) / len(a | b)
 
@@ -64,7 +68,9 @@ def test_similarity_does_not_drift_along_a_chain() -> None:
         assert all(jaccard(chain[group[0]], chain[i]) >= duplicates.SIMILARITY for i in group)
 
 
-def test_a_boilerplate_that_all_texts_share_does_not_make_the_work_grow_with_its_square() -> None:
+def test_a_boilerplate_that_all_texts_share_does_not_make_the_work_grow_with_its_square(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     calls: Counter[str] = Counter()
     real = duplicates._jaccard
 
@@ -72,12 +78,14 @@ def test_a_boilerplate_that_all_texts_share_does_not_make_the_work_grow_with_its
         calls["jaccard"] += 1
         return real(one, other)
 
+    monkeypatch.setattr(duplicates, "_jaccard", counted)
     boilerplate = " ".join(f"term{i}" for i in range(30))
-    texts = [f"{boilerplate} " + " ".join(f"x{i}y{j}" for j in range(15)) for i in range(600)]
-    duplicates._jaccard = counted
-    try:
-        assert len(group_duplicates(texts)) == 600
-    finally:
-        duplicates._jaccard = real
-    bound = duplicates.BANDS * duplicates.BUCKET_LEADERS * len(texts)
-    assert 600 < calls["jaccard"] <= bound / 4
+    texts = [f"{boilerplate} " + " ".join(f"x{i}y{j}" for j in range(6)) for i in range(400)]
+    assert len(group_duplicates(texts)) == 400
+    unbounded = 50 * 400
+    assert calls["jaccard"] > unbounded  # each with dozens of others
+    calls.clear()
+    monkeypatch.setattr(duplicates, "BUCKET_LEADERS", 2)
+    assert len(group_duplicates(texts)) == 400
+    assert calls["jaccard"] <= duplicates.BANDS * 2 * 400
+    assert calls["jaccard"] < unbounded

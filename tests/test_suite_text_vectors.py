@@ -28,7 +28,7 @@ def cosine_by_definition(one: int, other: int) -> float:
     def features(text: str) -> Counter[str]:
         found = Counter[str]()
         for word in re.findall(r"\w+|[^\w\s]", text.lower()):
-            found["w" + word] += 1
+            found[" " + word] += 1
             found.update(f"<{word}>"[i : i + 3] for i in range(len(word)))
         return found
 

@@ -45,8 +45,8 @@ IBAN_LENGTHS = {
     country: int(length)
     for length, countries in {
         "15": "NO", "16": "BE", "18": "DK FO FI GL NL", "19": "MK SI",
-        "20": "AT BA EE KZ LT LU XK", "21": "CH CR HR LI LV",
-        "22": "BG BH DE GB GE IE ME RS VA", "23": "AE GI IL IQ TL",
+        "20": "AT BA EE KZ LT LU XK", "21": "CH HR LI LV",
+        "22": "BG BH CR DE GB GE IE ME RS VA", "23": "AE GI IL IQ TL",
         "24": "AD CZ ES MD PK RO SA SE SK TN VG", "25": "LY PT ST", "26": "IS TR",
         "27": "FR GR IT MC MR SM", "28": "AL AZ BY CY DO GT HU LB PL", "29": "BR EG PS QA UA",
         "30": "JO KW MU", "31": "MT SC",

@@ -130,7 +130,7 @@ def allocate(
     if cases < len(traffic):
         raise UsageError(
             f"{cases} cases are fewer than the {len(traffic)} kinds of request in the log",
-            hint=f"--cases {len(traffic) * minimum} gives each of them {minimum}",
+            hint=f"ask for {len(traffic) * minimum}, which gives each of them {minimum}",
         )
     least = min(minimum, cases // len(traffic))
     counts = [min(least, groups) for groups in available]

@@ -53,7 +53,7 @@ def _columns(text: str) -> list[int]:
     names = []
     for word in words_of(text):
         framed = f"<{word}>"
-        names.append(f"w{word}")
+        names.append(f" {word}")
         names += [framed[i : i + RUN_CHARACTERS] for i in range(len(framed) - RUN_CHARACTERS + 1)]
     return [zlib.crc32(name.encode("utf-8")) % COLUMNS for name in names]
 
