@@ -10,6 +10,7 @@ Sources: ISO 13616 (IBAN, with the lengths of its registry), ISO/IEC 7064 MOD 97
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterator
 from ipaddress import AddressValueError, IPv4Address, IPv6Address
 from typing import NamedTuple
@@ -65,12 +66,14 @@ class Finding(NamedTuple):
 
 def find_personal_data(text: str) -> list[Finding]:
     """What looks like personal data, in order; no two findings overlap."""
-    taken: list[Finding] = []
-    found = sorted(_candidates(text), key=lambda f: (KINDS.index(f.kind), f.start - f.end))
-    for finding in found:
-        if all(finding.end <= other.start or other.end <= finding.start for other in taken):
-            taken.append(finding)
-    return sorted(taken, key=lambda finding: finding.start)
+    taken: list[Finding] = []  # by start
+    for finding in sorted(_candidates(text), key=lambda f: (KINDS.index(f.kind), f.start - f.end)):
+        place = bisect_left(taken, finding.start, key=lambda f: f.start)
+        after_previous = place == 0 or taken[place - 1].end <= finding.start
+        before_next = place == len(taken) or finding.end <= taken[place].start
+        if after_previous and before_next:
+            taken.insert(place, finding)
+    return taken
 
 
 class Redactor:

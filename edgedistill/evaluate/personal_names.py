@@ -12,14 +12,14 @@ from collections.abc import Iterator
 
 _WORD = r"[^\W\d_][^\W\d_'’-]*(?:['’-][^\W\d_]+)*\.?"
 _INTRODUCTION = re.compile(
-    r"(?i)\b(?:my (?:full )?name is|my name['’]s|the name is|i am called|i['’]m called|"
-    r"(?:first|last|full|sur)? ?name:|ich hei(?:ß|ss)e|mein name ist|je m['’]appelle|"
+    r"(?i)\b(?:my (?:full )?name is|my name['’]s|i am called|i['’]m called|"
+    r"ich hei(?:ß|ss)e|mein name ist|je m['’]appelle|"
     r"mon nom est|me llamo|mi nombre es|mi chiamo|il mio nome è)\s+"
 )
 _GREETING = re.compile(
     r"(?i)\b(?:dear|hello|hi|hey|good (?:morning|afternoon|evening)|hallo|liebe[rs]?|"
     r"sehr geehrte[rs]?|guten (?:tag|morgen|abend)|bonjour|ch[eè]re?|hola|estimad[oa]|ciao|"
-    r"caro|cara)[ ,]+"
+    r"caro|cara|the name is|(?:first|last|full|sur)? ?name:)[ ,]+"
 )
 _TITLE = re.compile(
     r"\b(?:Mr|Mrs|Ms|Miss|Dr|Prof|Herr|Frau|Mme|Mlle|Señor|Señora|Sra|Signora?)\b\.?[ ]+"

@@ -11,6 +11,7 @@ from functools import cache
 LENGTHS = (20, 80, 300, 1200)
 ALL_CAPS_LETTERS = 8
 ALL_CAPS_SHARE = 0.8
+LOOKED_AT_CHARACTERS = 4000  # of a text, but for its length
 MIXED_SHARE = 0.2  # of the letters, from which a second script counts
 CJK = frozenset({"CJK", "HIRAGANA", "KATAKANA", "BOPOMOFO"})  # written in one text
 
@@ -25,8 +26,8 @@ _CODE_SIGNS = (
     re.compile(r"(?m)[{};]\s*$"),
     re.compile(r"\w\([^()\n]*\)\s*[;{:]|\w\.\w+\("),
     re.compile(r"=>|->|==|!=|\+=|&&|\|\|"),
-    re.compile(r"(?m)^\s*(?:def|class|function|import|from|return|const|let|var|public|#include)\b"),
-    re.compile(r"(?i)\bselect\b.+\bfrom\b.+[;=*]"),
+    re.compile(r"(?m)^[ \t]*(?:def|class|function|import|from|return|const|let|var|public|#include)\b"),
+    re.compile(r"(?i)\bselect\b.{1,200}\bfrom\b.{1,200}[;=*]"),
     re.compile(r"</?[a-z]+[^<>\n]*>"),
 )
 CODE_SIGNS_NEEDED = 2
@@ -42,6 +43,7 @@ def properties_of(text: str, *, turns: int = 1) -> tuple[str, ...]:
         text: what was said.
         turns: how many messages the user wrote.
     """
+    length, text = _length(text), text[:LOOKED_AT_CHARACTERS]
     without_urls = _URL.sub(" ", text)
     holds = {
         "all_caps": _is_all_caps(text),
@@ -54,7 +56,7 @@ def properties_of(text: str, *, turns: int = 1) -> tuple[str, ...]:
         "url": without_urls != text,
     }
     found = [name for name, held in holds.items() if held]
-    return tuple(sorted([f"length={_length(text)}", f"script={_script(text)}", *found]))
+    return tuple(sorted([f"length={length}", f"script={_script(text)}", *found]))
 
 
 def _length(text: str) -> str:
