@@ -89,33 +89,33 @@ def sample_requests(requests: Sequence[Request], cases: int, *, seed: int) -> Lo
         _properties(requests[group[0]], own, reasons)
         for group, own, reasons in zip(groups, tags, clarify, strict=True)
     ]
-    lead = {group[0]: number for number, group in enumerate(groups)}
     common = count_properties(groups, properties)
     strata = stratify(groups, properties)
-    chosen, counts = [], []
-    for stratum, taken in zip(
-        strata, choose(strata, cases, minimum=LEAST_CASES, seed=seed), strict=True
-    ):
-        counts.append(StratumCount(stratum.name, stratum.traffic, len(stratum.groups), len(taken)))
-        for case in taken:
+    taken = choose(strata, cases, minimum=LEAST_CASES, seed=seed)
+    lead = {group[0]: number for number, group in enumerate(groups)}
+    chosen = []
+    for stratum, found in zip(strata, taken, strict=True):
+        for case in found:
             group = stratum.groups[case.group]
             number = lead[group[0]]
-            chosen.append(
-                SampledRequest(
-                    request=requests[group[case.member]],
-                    weight=case.weight,
-                    stratum=stratum.name,
-                    seen=len(group),
-                    properties=tuple(name for name in properties[number] if name in common),
-                    clarify=clarify[number],
-                )
+            sampled = SampledRequest(
+                request=requests[group[case.member]],
+                weight=case.weight,
+                stratum=stratum.name,
+                seen=len(group),
+                properties=tuple(name for name in properties[number] if name in common),
+                clarify=clarify[number],
             )
+            chosen.append(sampled)
     return LogSample(
         chosen=sorted(chosen, key=lambda case: case.request.line),
         distinct=len(groups),
         exact_duplicates=len(requests) - texts,
         near_duplicates=texts - len(groups),
-        strata=counts,
+        strata=[
+            StratumCount(s.name, s.traffic, len(s.groups), len(found))
+            for s, found in zip(strata, taken, strict=True)
+        ],
         ignored_tags=ignored,
     )
 
