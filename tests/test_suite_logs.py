@@ -158,8 +158,13 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(rows=st.lists(JSON.map(json.dumps) | st.text(max_size=20), max_size=4), junk=st.binary(max_size=30))
+@settings(
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    rows=st.lists(JSON.map(json.dumps) | st.text(max_size=20), max_size=4),
+    junk=st.binary(max_size=30),
+)
 def test_whatever_is_in_a_file_it_is_read_or_refused(
     tmp_path: Path, rows: list[str], junk: bytes
 ) -> None:

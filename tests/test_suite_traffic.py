@@ -247,7 +247,9 @@ def test_with_cases_for_it_the_same_capability_is_measured(
     untied: Path, bad_at_numbers: Path, read: Path, tmp_path: Path
 ) -> None:
     rng = random.Random(12)
-    sums = [rng.choice(NUMBERS).format(rng.randrange(10**4), rng.randrange(10**4)) for _ in "x" * 40]
+    sums = [
+        rng.choice(NUMBERS).format(rng.randrange(10**4), rng.randrange(10**4)) for _ in "x" * 40
+    ]
     suite = write_cases(tmp_path / "suite.jsonl", texts_without_digits(150, offset=1) + sums)
     found = findings(bad_at_numbers, untied, read, [suite])
     assert "digits" in found.clusters[0].properties

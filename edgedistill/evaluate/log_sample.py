@@ -124,9 +124,7 @@ def _user_turns(request: Request) -> int:
     return sum(turn.role == "user" for turn in request.turns)
 
 
-def _properties(
-    request: Request, tags: Sequence[str], clarify: Sequence[str]
-) -> tuple[str, ...]:
+def _properties(request: Request, tags: Sequence[str], clarify: Sequence[str]) -> tuple[str, ...]:
     found = {*properties_of(request.text, turns=_user_turns(request)), *tags}
     if clarify:
         found.add(CLARIFY)

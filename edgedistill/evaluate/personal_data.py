@@ -29,15 +29,19 @@ _IPV4 = re.compile(r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?!\w|\.\d)")
 _IPV6 = re.compile(r"(?<![\w:])[0-9A-Fa-f]{0,4}(?::[0-9A-Fa-f]{0,4}){2,7}(?![\w:])")
 _VERSION = re.compile(r"(?i)(?:\bv|version|release)\W{0,2}$")
 _PHONES = (
-    re.compile(r"(?<![\w+])\+[1-9](?:[ ./()-]{0,2}\d){7,14}(?!\w)"),  # international
-    re.compile(r"(?<![\w.,+/-])\(?0(?:[ ./()-]{0,2}\d){8,14}(?!\w)"),  # with a trunk or 00 prefix
+    re.compile(  # international
+        r"(?<![\w+])\+[1-9](?:[ ./-]{0,2}\d){0,3}(?:[ ./-]?\(\d{1,4}\))?(?:[ ./-]{0,2}\d){6,13}(?!\w)"
+    ),
+    re.compile(  # with a trunk or 00 prefix
+        r"(?<![\w.,+/-])(?:\(0\d{1,4}\)|0\d)(?:[ ./-]{0,2}\d){7,13}(?!\w)"
+    ),
     re.compile(  # North American
         r"(?<![\w.-])(?:1[ .-])?(?:\([2-9]\d\d\) ?|[2-9]\d\d[ .-])[2-9]\d\d[ .-]\d{4}(?!\w)"
     ),
     re.compile(  # any digits that are said to be one
         r"(?i)\b(?:tele)?(?:phone|fon|fono|tel|mobile|cell|whatsapp|call me|text me|handy|"
         r"téléphone|teléfono)\b[\W_]{0,3}(?:(?:number|no|nr|is|at|on|ist|es|est)\b[\W_]{0,3}){0,2}"
-        r"(?P<value>\d(?:[ ./()-]{0,2}\d){6,14})(?!\w)"
+        r"(?P<value>\d(?:[ ./-]{0,2}\d){6,14})(?!\w)"
     ),
 )
 _NOT_A_PHONE = re.compile(r"\d{1,2}[./-]\d{1,2}[./-]\d{2,4}\b|0[.,]\d+$")  # a date, a decimal
@@ -147,7 +151,9 @@ def _end_of(text: str, start: int, count: int) -> int | None:
     for number in range(count):
         if number and text[position : position + 1] in (" ", "-"):
             position += 1
-        if not (text[position : position + 1].isascii() and text[position : position + 1].isalnum()):
+        if not (
+            text[position : position + 1].isascii() and text[position : position + 1].isalnum()
+        ):
             return None
         position += 1
     return None if text[position : position + 1].isalnum() else position

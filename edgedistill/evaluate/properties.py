@@ -26,7 +26,9 @@ _CODE_SIGNS = (
     re.compile(r"(?m)[{};]\s*$"),
     re.compile(r"\w\([^()\n]*\)\s*[;{:]|\w\.\w+\("),
     re.compile(r"=>|->|==|!=|\+=|&&|\|\|"),
-    re.compile(r"(?m)^[ \t]*(?:def|class|function|import|from|return|const|let|var|public|#include)\b"),
+    re.compile(
+        r"(?m)^[ \t]*(?:def|class|function|import|from|return|const|let|var|public|#include)\b"
+    ),
     re.compile(r"(?i)\bselect\b.{1,200}\bfrom\b.{1,200}[;=*]"),
     re.compile(r"</?[a-z]+[^<>\n]*>"),
 )

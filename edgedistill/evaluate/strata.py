@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import heapq
 import random
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from bisect import bisect_right
 from math import sqrt
 from typing import NamedTuple
 
@@ -66,9 +66,7 @@ def count_properties(
     return {name: traffic[name] for name, count in distinct.items() if count >= LEAST_DISTINCT}
 
 
-def stratify(
-    groups: Sequence[Sequence[int]], properties: Sequence[Sequence[str]]
-) -> list[Stratum]:
+def stratify(groups: Sequence[Sequence[int]], properties: Sequence[Sequence[str]]) -> list[Stratum]:
     """Each group goes to the stratum of its rarest property, so every tail is a stratum.
 
     Rare is what few requests have, of what at least ``LEAST_DISTINCT`` groups have.  Within a
