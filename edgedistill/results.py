@@ -210,6 +210,7 @@ class TrafficFindings(Document):
     loudest: list[TrafficExample]
     seconds: float
 
+    @property
     def unmeasured(self) -> list[TrafficCluster]:
         """The clusters that no case of the suite lies near."""
         return [cluster for cluster in self.clusters if cluster.measured is False]

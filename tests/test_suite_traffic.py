@@ -18,7 +18,9 @@ from edgedistill.evaluate.first_tokens import (
     coarse_kl,
     disagreements,
 )
+from edgedistill.evaluate.suite import load_suite
 from edgedistill.evaluate.traffic import find_disagreements, read_reference
+from edgedistill.evaluate.traffic_clusters import TrafficPrompt, find_clusters
 from edgedistill.plan import plan_build
 from edgedistill.recipe_load import load_recipe
 from edgedistill.results import TrafficFindings
@@ -258,28 +260,61 @@ def test_with_cases_for_it_the_same_capability_is_measured(
     assert int(found.clusters[0].nearest_case[1:]) >= len(texts_without_digits(150, offset=1))
 
 
-def test_the_figures_are_weighted_by_what_each_prompt_stands_for(
-    untied: Path, bad_at_numbers: Path, read: Path
-) -> None:
-    found = findings(bad_at_numbers, untied, read, [])
-    assert all(cluster.measured is False for cluster in found.clusters)  # there is no suite
-    assert sum(cluster.traffic_share for cluster in found.clusters) <= 1 + 1e-9
-    shown = {example.prompt: example.kl for example in found.loudest}
-    assert found.kl_max == max(shown.values())
-    again = findings(bad_at_numbers, untied, read, [])
-    assert again.model_copy(update={"seconds": 0.0}) == found.model_copy(update={"seconds": 0.0})
-    same = findings(untied, untied, read, [])
+def make_prompts(count: int) -> list[TrafficPrompt]:
+    rng = random.Random(5)
+    return [
+        TrafficPrompt(
+            text=text,
+            question=text,
+            weight=rng.choice([0.5, 3.0]),
+            properties=("question",) if "?" in text else (),
+            kl=rng.random(),
+            changed=rng.random() < 0.3,
+            reference_answer="",
+            artifact_answer="",
+        )
+        for text in texts_without_digits(count)
+    ]
+
+
+def test_the_figures_of_a_cluster_are_weighted_by_what_each_prompt_stands_for() -> None:
+    prompts = make_prompts(11)  # too few to be divided
+    (cluster,) = find_clusters(prompts, [])
+    weight = sum(p.weight for p in prompts)
+    assert cluster.traffic_share == pytest.approx(1)
+    assert cluster.kl_mean == pytest.approx(sum(p.weight * p.kl for p in prompts) / weight)
+    assert cluster.changed_share == pytest.approx(
+        sum(p.weight * p.changed for p in prompts) / weight
+    )
+    assert [e.kl for e in cluster.examples] == sorted((p.kl for p in prompts), reverse=True)[:3]
+    assert cluster.measured is False  # there is no suite
+    many = make_prompts(120)
+    clusters = find_clusters(many, [])
+    assert 5 <= len(clusters) <= 10
+    assert [c.kl_mean for c in clusters] == sorted((c.kl_mean for c in clusters), reverse=True)
+    assert sum(c.prompts for c in clusters) >= 110
+    assert find_clusters(many, []) == clusters
+
+
+def test_a_suite_too_small_to_tell_says_so(tmp_path: Path) -> None:
+    small, enough = (
+        load_suite([write_cases(tmp_path / f"{n}.jsonl", texts_without_digits(n, offset=1))])
+        for n in (18, 19)
+    )
+    prompts = make_prompts(30)
+    assert {cluster.measured for cluster in find_clusters(prompts, small)} == {None}
+    assert None not in {cluster.measured for cluster in find_clusters(prompts, enough)}
+
+
+def test_the_same_weights_agree_on_all_traffic(untied: Path, tmp_path: Path) -> None:
+    log = write_log(tmp_path / "log.jsonl", traffic_rows()[:12])
+    settings: dict[str, Any] = {"sample": 12, "chat": Chat(system="Rate it."), "threads": 1}
+    read_reference(untied, log, tmp_path, context_tokens=CONTEXT, **settings)
+    same = findings(untied, untied, tmp_path, [])
+    assert same.prompts == 12
     assert same.kl_max < 1e-9
     assert same.changed_share == 0
-
-
-def test_a_suite_too_small_to_tell_says_so(
-    untied: Path, bad_at_numbers: Path, read: Path, tmp_path: Path
-) -> None:
-    suite = write_cases(tmp_path / "suite.jsonl", ["good film", "bad film"])
-    found = findings(bad_at_numbers, untied, read, [suite])
-    assert {cluster.measured for cluster in found.clusters} == {None}
-    assert found.unmeasured == []
+    assert all(e.reference_answer == e.artifact_answer for e in same.loudest)
 
 
 def test_personal_data_does_not_reach_the_report(read: Path) -> None:

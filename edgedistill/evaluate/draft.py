@@ -1,7 +1,7 @@
 """``edgedistill suite from-logs``: from production logs to the draft of a suite.
 
 A draft is no suite: nobody has said yet what a right answer is.  Every line of it carries the key
-``draft``, which :func:`edgedistill.evaluate.suite.load_suite` refuses until a person has removed it.
+``draft``, which the loader of suites refuses until a person has removed it.
 """
 
 from __future__ import annotations
@@ -234,7 +234,8 @@ def describe(summary: DraftSummary) -> Iterator[str]:
         yield f"from {summary.period[0]} to {summary.period[1]}"
     yield ""
     width = max(len("kind of request"), *(len(s.name) for s in summary.strata))
-    yield f"  {'kind of request':<{width}} {'requests':>9} {'distinct':>9} {'cases':>6} {'weight':>8}"
+    columns = f"{'requests':>9} {'distinct':>9} {'cases':>6} {'weight':>8}"
+    yield f"  {'kind of request':<{width}} {columns}"
     for s in summary.strata:
         yield f"  {s.name:<{width}} {s.requests:>9} {s.distinct:>9} {s.cases:>6} {s.weight:>8.4g}"
     yield ""

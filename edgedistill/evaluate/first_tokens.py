@@ -122,7 +122,8 @@ def coarse_kl(reference: Doubles, artifact: Doubles) -> Doubles:
     """KL(reference || artifact) in nats of log-probabilities [n, outcomes]: float64 [n]."""
     probabilities = np.exp(reference)
     # An outcome without mass in the reference adds nothing, whatever the artifact thinks of it.
-    gaps = np.where(probabilities > 0, reference - artifact, 0.0)
+    gaps = np.zeros_like(reference)
+    np.subtract(reference, artifact, out=gaps, where=probabilities > 0)
     found: Doubles = (probabilities * gaps).sum(axis=1)
     return np.maximum(found, 0.0)
 

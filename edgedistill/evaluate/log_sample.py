@@ -1,4 +1,4 @@
-"""The requests of a log that are worth looking at: one of each kind of duplicate, tails included."""
+"""The requests of a log that are worth looking at: no duplicates, and the tails."""
 
 from __future__ import annotations
 

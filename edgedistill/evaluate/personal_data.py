@@ -30,7 +30,8 @@ _IPV6 = re.compile(r"(?<![\w:])[0-9A-Fa-f]{0,4}(?::[0-9A-Fa-f]{0,4}){2,7}(?![\w:
 _VERSION = re.compile(r"(?i)(?:\bv|version|release)\W{0,2}$")
 _PHONES = (
     re.compile(  # international
-        r"(?<![\w+])\+[1-9](?:[ ./-]{0,2}\d){0,3}(?:[ ./-]?\(\d{1,4}\))?(?:[ ./-]{0,2}\d){6,13}(?!\w)"
+        r"(?<![\w+])\+[1-9](?:[ ./-]{0,2}\d){0,3}(?:[ ./-]?\(\d{1,4}\))?"
+        r"(?:[ ./-]{0,2}\d){6,13}(?!\w)"
     ),
     re.compile(  # with a trunk or 00 prefix
         r"(?<![\w.,+/-])(?:\(0\d{1,4}\)|0\d)(?:[ ./-]{0,2}\d){7,13}(?!\w)"
@@ -160,7 +161,7 @@ def _end_of(text: str, start: int, count: int) -> int | None:
 
 
 def _addresses(text: str) -> Iterator[Finding]:
-    """IPv4 and IPv6; loopback and unspecified addresses are nobody's, versions are not addresses."""
+    """IPv4 and IPv6; loopback and unspecified addresses are nobody's, versions are none."""
     for match in _IPV4.finditer(text):
         try:
             address = IPv4Address(match.group())

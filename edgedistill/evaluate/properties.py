@@ -39,7 +39,8 @@ def properties_of(text: str, *, turns: int = 1) -> tuple[str, ...]:
     """The properties of a request, sorted.
 
     Always a ``length=`` (characters) and a ``script=``; besides, where they hold, ``all_caps``,
-    ``code``, ``digits``, ``emoji`` (emoticons too), ``list``, ``multi_turn``, ``question``, ``url``.
+    ``code``, ``digits``, ``emoji`` (emoticons too), ``list``, ``multi_turn``, ``question`` and
+    ``url``.
 
     Args:
         text: what was said.

@@ -117,7 +117,7 @@ def _render(
         except InputError as error:
             refused = error
             continue
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if 0 < len(ids) <= context_tokens - POSITIONS:
             usable.append((case, list(ids)))
     if not usable:
