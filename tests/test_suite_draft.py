@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections import Counter
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,7 @@ def test_the_weighted_shares_are_the_logs_on_average(log: Path) -> None:
     truth = {name: answers.count(name) / len(answers) for name in set(answers)}
     found: dict[str, list[float]] = {name: [] for name in truth}
     for seed in range(16):
-        weights = Counter[str]()
+        weights: dict[str, float] = defaultdict(float)
         for case in sample_requests(requests, 150, seed=seed).chosen:
             weights[case.request.answer or "none"] += case.weight
         for name in truth:

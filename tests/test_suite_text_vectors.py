@@ -69,7 +69,7 @@ def test_a_projection_keeps_the_cosines_it_has_dimensions_for() -> None:
 
 @pytest.mark.parametrize("clusters", [1, 3, 10, 60, 80])
 def test_wards_clusters_are_those_of_scipy(clusters: int) -> None:
-    from scipy.cluster.hierarchy import fcluster, linkage
+    from scipy.cluster.hierarchy import fcluster, linkage  # type: ignore[import-untyped]
 
     points = np.random.default_rng(5).normal(size=(60, 4)) * [3, 1, 1, 0.5]
     labels = fcluster(linkage(points, "ward"), min(clusters, 60), "maxclust")

@@ -172,9 +172,10 @@ def _text(value: Any) -> str | None:
     """A text, or the joined texts of a list of parts; None for what is neither."""
     if isinstance(value, list):
         parts = [part.get("text") if isinstance(part, dict) else part for part in value]
-        if not parts or not all(isinstance(part, str) for part in parts):
+        texts = [part for part in parts if isinstance(part, str)]
+        if not texts or len(texts) < len(parts):
             return None
-        value = "".join(parts)
+        value = "".join(texts)
     return _writable(value) if isinstance(value, str) else None
 
 

@@ -45,7 +45,7 @@ def tfidf_vectors(texts: Sequence[str]) -> Vectors:
     seen = (counts > 0).sum(axis=0)
     counts *= (np.log((1 + len(texts)) / (1 + seen)) + 1).astype(np.float32)
     lengths = np.linalg.norm(counts, axis=1, keepdims=True)
-    vectors: Vectors = counts / np.where(lengths > 0, lengths, 1)
+    vectors: Vectors = (counts / np.where(lengths > 0, lengths, 1)).astype(np.float32, copy=False)
     return vectors
 
 
@@ -141,7 +141,8 @@ def usual_similarities(vectors: Vectors, calibration: npt.NDArray[np.intp]) -> D
     """Cosine of some rows to the nearest other row: float64 [calibration]."""
     cosines = vectors[calibration] @ vectors.T
     cosines[np.arange(len(calibration)), calibration] = -1
-    return cosines.max(axis=1).astype(np.float64)
+    usual: Doubles = cosines.max(axis=1).astype(np.float64)
+    return usual
 
 
 def distinctive_words(inside: Sequence[str], outside: Sequence[str], count: int) -> list[str]:
