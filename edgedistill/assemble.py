@@ -25,10 +25,12 @@ from edgedistill.results import (
 from edgedistill.tasks import (
     BENCH_FILE,
     EVALUATION_FILE,
+    TRAFFIC_FILE,
     VERIFICATION_FILE,
     WEIGHTS_FILE,
     Weights,
 )
+from edgedistill.traffic_results import TrafficFindings
 from edgedistill.verdict import (
     Ruling,
     check_budget,
@@ -110,6 +112,7 @@ class _Gatherer:
             verification=_read(self._pipeline, steps.verify, VERIFICATION_FILE, Verification),
             evaluation=self._evaluation(steps),
             bench=bench,
+            traffic=_read(self._pipeline, steps.traffic, TRAFFIC_FILE, TrafficFindings),
             budget=[],
             shippable=False,
             why_not=None,

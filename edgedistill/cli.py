@@ -30,6 +30,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+suite_app = typer.Typer(help="Make evaluation suites.", no_args_is_help=True)
+app.add_typer(suite_app, name="suite")
+
 RecipePath = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", metavar="RECIPE")]
 StudentOption = Annotated[
     str | None, typer.Option("--student", help="Start from this student instead.", metavar="DIR")
@@ -240,6 +243,30 @@ def evaluate(
             width = None if sys.stdout.isatty() else 120  # a file has no width of its own
             Console(width=width).print(render_evaluation(outcome.evaluation, str(artifact)))
         return outcome.code
+
+    _run(run)
+
+
+@suite_app.command("from-logs")
+def suite_from_logs(
+    logs: Annotated[Path, typer.Argument(help="JSON lines, a request each.", metavar="LOGS")],
+    out: Annotated[Path, typer.Option("--out", help="A new file.", metavar="DRAFT")],
+    cases: Annotated[int, typer.Option("--cases", min=1, help="At most so many.")] = 500,
+    seed: Annotated[int, typer.Option("--seed", help="Of the sample.")] = 0,
+    redact: Annotated[bool, typer.Option("--redact", help="Replace personal data.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Draft a stratified suite from production logs, for a person to complete."""
+
+    def run() -> int:
+        from edgedistill.evaluate.draft import describe, draft_suite
+
+        summary = draft_suite(logs, out, cases=cases, seed=seed, redact=redact)
+        if as_json:
+            typer.echo(summary.model_dump_json(indent=2))
+        else:
+            typer.echo("\n".join(describe(summary)), err=True)
+        return ExitCode.OK
 
     _run(run)
 

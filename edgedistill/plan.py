@@ -22,11 +22,13 @@ from edgedistill.tasks import (
     Compare,
     Export,
     JudgeLogits,
+    ReadTraffic,
     RunStage,
     Score,
     ScoreReference,
     ScoreUntilDecided,
     TakeIn,
+    Traffic,
     Verify,
 )
 
@@ -44,6 +46,7 @@ class ArtifactSteps:
         student: the step that makes the rung's weights.
         score, compare: None without a suite.
         bench: None where the runtime's speed says nothing about a device.
+        traffic: None without a traffic file, and where another format of the rung judges.
     """
 
     rung: str
@@ -57,6 +60,7 @@ class ArtifactSteps:
     score: Step | None
     compare: Step | None
     bench: Step | None
+    traffic: Step | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,7 @@ class BuildSteps:
         artifacts = self.artifacts
         steps = [self.reference, *(a.export for a in artifacts), *(a.verify for a in artifacts)]
         steps += [s for s in (self.reference_quality, *(a.compare for a in artifacts)) if s]
+        steps += [a.traffic for a in artifacts if a.traffic]
         steps += [a.bench for a in artifacts if a.bench]
         return unique(s for step in steps for s in step.lineage())
 
@@ -137,6 +142,7 @@ class _Planner:
         self._reference = self._stages("", recipe.stages[:first], self._taken_in)
         self._shared = self._stages("", recipe.stages[first:], self._reference)
         self._reference_scores = self._score_reference() if recipe.suite else None
+        self._reference_traffic = self._read_traffic(recipe.traffic) if recipe.traffic else None
 
     def plan(self) -> BuildSteps:
         artifacts = [
@@ -183,6 +189,7 @@ class _Planner:
             score=score,
             compare=compare,
             bench=None if limited else self._bench(label, runtime, student, export),
+            traffic=self._traffic(label, runtime, export) if judges else None,
         )
 
     def _verify(self, label: str, name: str, runtime: str, student: Step, export: Step) -> Step:
@@ -273,6 +280,28 @@ class _Planner:
         )
         inputs = {"reference_scores": reference, "artifact_scores": scores}
         return self._step(f"{label}: judge", task, **inputs)
+
+    def _read_traffic(self, traffic: Path) -> Step:
+        task = ReadTraffic(
+            traffic=traffic,
+            sample=self._recipe.evaluate.traffic_sample,
+            chat=self._recipe.chat,
+            context_tokens=self._recipe.context_tokens,
+            threads=self._threads,
+        )
+        return self._step("reference: traffic", task, student=self._reference)
+
+    def _traffic(self, label: str, runtime: str, export: Step) -> Step | None:
+        if self._reference_traffic is None:
+            return None
+        task = Traffic(
+            runtime=runtime,
+            suite=self._recipe.suite,
+            context_tokens=self._recipe.context_tokens,
+            threads=self._threads,
+        )
+        inputs = {"student": self._reference, "reference_traffic": self._reference_traffic}
+        return self._step(f"{label}: traffic", task, artifact=export, **inputs)
 
     def _bench(self, label: str, runtime: str, student: Step, export: Step) -> Step:
         task = BenchArtifact(

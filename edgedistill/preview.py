@@ -34,6 +34,7 @@ from edgedistill.results import Document, Evaluation, LoweredClause
 from edgedistill.tasks import (
     EVALUATION_FILE,
     JudgeLogits,
+    ReadTraffic,
     Score,
     ScoreReference,
     ScoreUntilDecided,
@@ -237,7 +238,7 @@ class _Estimate:
             seconds = scoring_seconds(self._facts, self._cases, None)
         elif artifact and isinstance(step.task, Score | ScoreUntilDecided):
             seconds = artifact.seconds
-        if isinstance(step.task, ScoreReference | JudgeLogits):
+        if isinstance(step.task, ScoreReference | JudgeLogits | ReadTraffic):
             return seconds, judge_peak_bytes(self._facts)
         if artifact and "artifact" in step.inputs:
             return seconds, runtime_peak_bytes(artifact.weight_bytes)

@@ -152,11 +152,13 @@ class EvaluateSettings(Part):
         sample: format -> cases of its paired sample, where another format of the rung judges.
         stop_early: score cases in a random order, and stop when the verdict is decided.
         expect: by which `plan` says what the suite can decide.
+        traffic_sample: distinct prompts of the traffic that reference and artifact are run on.
     """
 
     sample: dict[FormatName, Annotated[int, Field(ge=1)]] = {}
     stop_early: bool = False
     expect: Expected = Expected()
+    traffic_sample: Annotated[int, Field(ge=1)] = 300
 
     def sample_of(self, format_name: str) -> int:
         """Cases of the paired sample; Core ML is interpreted here, so its default is small."""
@@ -192,6 +194,7 @@ class Recipe(Part):
         previous: kept exports of the last release, whose answers are compared with.
         waivers: losses that somebody consented to; by default ``NAME.waivers.yaml`` beside the
             recipe's NAME.yaml.  The file need not exist.
+        traffic: a log of unlabelled requests, searched for what no case measures.
         texts: name -> text file to verify on, beside the built-in texts.
     """
 
@@ -205,6 +208,7 @@ class Recipe(Part):
     export: Annotated[tuple[FormatName, ...], Field(min_length=1)] | None = None
     targets: dict[Name, Target] = {}
     suite: Annotated[tuple[Path, ...], BeforeValidator(_as_list)] = ()
+    traffic: Path | None = None
     floor: Floor | None = None
     slices: dict[str, SliceSpec] = {}
     router: RouterSettings | None = None

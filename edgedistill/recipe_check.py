@@ -39,7 +39,7 @@ def check_recipe(recipe: Recipe, facts: DecoderFacts | None) -> list[Finding]:
     """
     findings = [*_check_files(recipe), *_check_names(recipe), *_check_suite(recipe)]
     findings += _check_beside(recipe)
-    findings += [*_check_stopping(recipe), *_check_waivers(recipe)]
+    findings += [*_check_stopping(recipe), *_check_waivers(recipe), *_check_traffic(recipe)]
     if facts is not None:
         findings += [*_check_context(recipe, facts), *_check_stages(recipe, facts)]
         findings += [*_check_grids(recipe, facts), *_check_budgets(recipe, facts)]
@@ -167,6 +167,17 @@ def _check_waivers(recipe: Recipe) -> Iterator[Finding]:
         read_waivers(recipe.waivers)
     except EdgedistillError as error:
         yield Finding(("waivers",), str(error))
+
+
+def _check_traffic(recipe: Recipe) -> Iterator[Finding]:
+    if recipe.traffic is None or not recipe.traffic.is_file():
+        return
+    from edgedistill.evaluate.logs import read_logs
+
+    try:
+        read_logs(recipe.traffic)
+    except EdgedistillError as error:
+        yield Finding(("traffic",), str(error))
 
 
 def _check_context(recipe: Recipe, facts: DecoderFacts) -> Iterator[Finding]:

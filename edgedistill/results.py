@@ -8,6 +8,7 @@ from edgedistill.choice_results import ChoiceQuality, ClassChange, Reliability, 
 from edgedistill.document import Document as Document
 from edgedistill.document import Estimate as Estimate
 from edgedistill.document import Interval as Interval
+from edgedistill.traffic_results import TrafficFindings
 
 Verdict = Literal["pass", "fail", "underpowered", "unjudged", "not measured"]
 
@@ -295,6 +296,7 @@ class ArtifactReport(Document):
         shippable: verified, floor met, budget met.
         why_not: one sentence when not shippable.
         lineage: labels of the steps that made it, from the student to the export.
+        traffic: of the format that runs the whole suite, where the recipe names a traffic file.
     """
 
     rung: str
@@ -312,6 +314,7 @@ class ArtifactReport(Document):
     shippable: bool
     why_not: str | None
     lineage: list[str] = []
+    traffic: TrafficFindings | None = None
 
 
 class StepReport(Document):

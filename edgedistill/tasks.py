@@ -2,7 +2,8 @@
 
 Inputs by name: ``student`` a student directory, ``artifact`` the output of :class:`Export`,
 ``weights_judge``, ``reference_judge`` and ``base_judge`` outputs of :class:`JudgeLogits`,
-``reference_scores`` and ``artifact_scores`` outputs of a scoring task.
+``reference_scores`` and ``artifact_scores`` outputs of a scoring task,
+``reference_traffic`` the output of :class:`ReadTraffic`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ WEIGHTS_FILE = "weights.json"
 VERIFICATION_FILE = "verification.json"
 EVALUATION_FILE = "evaluation.json"
 BENCH_FILE = "bench.json"
+TRAFFIC_FILE = "traffic.json"
 
 
 class Weights(Document):
@@ -341,6 +343,60 @@ class ScoreUntilDecided(Task):
             threads=self.threads,
             context_tokens=self.context_tokens,
         )
+
+    def plugins(self) -> list[tuple[Kind, str]]:
+        """The runtime."""
+        return [("runtimes", self.runtime)]
+
+
+class ReadTraffic(Task):
+    """Let the reference answer a sample of the unlabelled traffic."""
+
+    traffic: Path
+    sample: int
+    chat: Chat
+    context_tokens: int
+
+    def run(self, inputs: Mapping[str, Path], dst: Path) -> None:
+        """Reads ``student``, writes prompts and answers."""
+        from edgedistill.evaluate.traffic import read_reference
+
+        read_reference(
+            inputs["student"],
+            self.traffic,
+            dst,
+            sample=self.sample,
+            chat=self.chat,
+            threads=self.threads,
+            context_tokens=self.context_tokens,
+        )
+
+    def plugins(self) -> list[tuple[Kind, str]]:
+        """The reference's runtime."""
+        return [("runtimes", "torch_reference")]
+
+
+class Traffic(Task):
+    """Find where an artifact leaves the reference on the traffic, and no case measures it."""
+
+    runtime: str
+    suite: tuple[Path, ...]
+    context_tokens: int
+
+    def run(self, inputs: Mapping[str, Path], dst: Path) -> None:
+        """Reads ``artifact``, ``student`` and ``reference_traffic``, writes ``traffic.json``."""
+        from edgedistill.evaluate.traffic import find_disagreements
+
+        found = find_disagreements(
+            inputs["artifact"] / ARTIFACT,
+            self.runtime,
+            inputs["student"],
+            inputs["reference_traffic"],
+            self.suite,
+            threads=self.threads,
+            context_tokens=self.context_tokens,
+        )
+        (dst / TRAFFIC_FILE).write_text(found.model_dump_json(indent=2), encoding="utf-8")
 
     def plugins(self) -> list[tuple[Kind, str]]:
         """The runtime."""

@@ -105,6 +105,12 @@ def _parse(line: str, where: str) -> Case | InputError:
         return InputError(f"is not JSON ({error})", where=where, hint=hint)
     if not isinstance(fields, dict):
         return InputError(f"is {type(fields).__name__}, not a JSON object", where=where)
+    if fields.get("draft") is not None:
+        return InputError(
+            "is a draft that nobody has checked",
+            where=where,
+            hint="see to what its `draft` key says, complete the case, then remove the key",
+        )
     kind = fields.get("kind")
     model = KINDS.get(kind) if isinstance(kind, str) else None
     if model is None:
