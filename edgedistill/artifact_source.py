@@ -24,12 +24,15 @@ class Claims(BaseModel):
     Attributes:
         chat: the fixed part of every conversation with the model.
         context_tokens: for which it was made.
+        recipe: that it was made by; ``rung`` the name of its rung there.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     chat: Chat = Chat()
     context_tokens: int | None = Field(default=None, ge=1)
+    recipe: str | None = None
+    rung: str | None = None
 
 
 @dataclass(frozen=True)

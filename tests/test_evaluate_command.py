@@ -15,6 +15,7 @@ from edgedistill.errors import InputError, UsageError
 from edgedistill.evaluate.command import Request, _plan, evaluate_artifact
 from edgedistill.evaluate.criteria import read_criteria
 from edgedistill.evaluate.table import render_evaluation
+from edgedistill.evaluate.waivers import Waiver, append_waiver, utc_today
 from edgedistill.floor import Floor, SliceSpec
 from edgedistill.plan import plan_build
 from edgedistill.plugins import load_plugin
@@ -112,7 +113,8 @@ def test_the_reference_is_scored_as_in_a_build(
     loaded = load_recipe(recipe)
     steps = plan_build(loaded.recipe, *loaded.fetched()[:1], machine="m")
     assert steps.reference_quality is not None
-    judged = _plan(request(gguf, tiny(), suite, cache, floor=str(recipe)))
+    asked = request(gguf, tiny(), suite, cache, floor=str(recipe))
+    judged = _plan(asked, read_criteria(str(recipe)), find_artifact(gguf))
     built = steps.reference_quality.inputs["reference_scores"]
     assert judged.inputs["reference_scores"].key == built.key
 
@@ -166,6 +168,41 @@ def test_the_command_prints_a_table_or_json(
     assert evaluation.verdict == "fail"
     code, out, _ = run(*arguments, "--json", "--sample", "7")
     assert Evaluation.model_validate_json(out).cases == 7
+
+
+def test_what_was_consented_to_passes_for_the_artifact_that_it_is_about(
+    tiny: Tiny, gguf: Path, suite: Path, cache: Path, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "theirs.yaml"
+    recipe.write_text("name: theirs\nfloor: {score: 1.0}\n")
+    artifact = tmp_path / "int4"
+    artifact.mkdir()
+    shutil.copyfile(gguf, artifact / "model.gguf")
+    (artifact / "manifest.json").write_text('{"recipe": "theirs", "rung": "int4"}')
+    asked = request(artifact, tiny(), suite, cache, floor=str(recipe))
+    failed = evaluate_artifact(asked).evaluation
+    assert failed is not None
+    assert failed.verdict == "fail"
+    waiver = Waiver.model_validate(
+        {
+            "slice": "all",
+            "by": "Ann",
+            "because": "a demo",
+            "on": utc_today().isoformat(),
+            "until": utc_today().isoformat(),
+            "recipe": "theirs",
+            "rung": "int4",
+            "format": "gguf",
+            "sha256": "0" * 64,
+            "consented": {"score": failed.overall.score},
+        }
+    )
+    append_waiver(tmp_path / "theirs.waivers.yaml", waiver, recipe=recipe)
+    found = evaluate_artifact(asked)
+    assert found.evaluation is not None
+    assert (found.evaluation.verdict, found.code) == ("pass", 0)
+    (artifact / "manifest.json").write_text('{"recipe": "theirs", "rung": "int8"}')
+    assert evaluate_artifact(asked).code == 3
 
 
 @pytest.mark.parametrize(

@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from edgedistill.artifact_source import find_artifact
+from edgedistill.artifact_source import ArtifactSource, find_artifact
+from edgedistill.beside import Beside
 from edgedistill.cache import Cache
 from edgedistill.chat import Chat
 from edgedistill.content import ContentHashes
 from edgedistill.errors import ExitCode, UsageError
-from edgedistill.evaluate.criteria import read_criteria
+from edgedistill.evaluate.criteria import Criteria, read_criteria
 from edgedistill.evaluate.harness import HarnessTask, find_task
 from edgedistill.evaluate.suite import load_suite
+from edgedistill.evaluate.waivers import apply_waivers, read_waivers, utc_today
 from edgedistill.intake import read_facts, resolve_student
 from edgedistill.pipeline import Pipeline, Say, Step, say
 from edgedistill.plan import REFERENCE_RUNTIME
@@ -77,24 +79,29 @@ def evaluate_artifact(request: Request, tell: Say = say) -> Outcome:
 
     Raises:
         UsageError: the request cannot be carried out; nothing has run.
+        InputError: the suite, the artifact or the waivers beside the recipe are damaged.
         UnavailableError: the reference lies on a hub that cannot be reached.
     """
-    judged = _plan(request)
+    criteria, artifact = read_criteria(request.floor), find_artifact(request.artifact)
+    waivers = read_waivers(criteria.waivers)
+    judged = _plan(request, criteria, artifact)
     pipeline = Pipeline(Cache(request.cache), tell)
     pipeline.run([judged])
     error, output = pipeline.outcome(judged).error, pipeline.output(judged)
     if error is not None or output is None:
         return Outcome(None, error.exit_code if error else ExitCode.STAGE_FAILED)
     evaluation = Evaluation.model_validate_json((output / EVALUATION_FILE).read_bytes())
+    name, rung = artifact.claims.recipe, artifact.claims.rung
+    if name is not None and rung is not None:
+        meant = [w for w in waivers if w.is_for(name, rung, artifact.format)]
+        evaluation = apply_waivers(evaluation, meant, floor=criteria.floor, today=utc_today())
     return Outcome(evaluation, CODES[evaluation.verdict])
 
 
-def _plan(request: Request) -> Step:
+def _plan(request: Request, criteria: Criteria, artifact: ArtifactSource) -> Step:
     """The step that judges, which stands on all others."""
     if request.sample is not None and request.sample < 1:
         raise UsageError(f"--sample {request.sample}: at least one case is needed")
-    criteria = read_criteria(request.floor)
-    artifact = find_artifact(request.artifact)
     task = find_task(request.suite)
     if task is None:
         load_suite(request.suite)
@@ -113,8 +120,13 @@ def _plan(request: Request) -> Step:
         "reference_scores": plan.score_reference(task, student=student),
         "artifact_scores": plan.score_artifact(task, artifact=taken, student=student),
     }
+    router = criteria.router
     compare = Compare(
-        runtime=plan.runtime, suite=plan.suite, floor=criteria.floor, slices=criteria.slices
+        runtime=plan.runtime,
+        suite=plan.suite,
+        floor=criteria.floor,
+        slices=criteria.slices,
+        beside=Beside(router_accuracy=router.target_accuracy if router else None),
     )
     return plan.step("judge", compare, **scores)
 

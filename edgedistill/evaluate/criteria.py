@@ -10,7 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from edgedistill.chat import Chat
 from edgedistill.errors import UsageError
+from edgedistill.evaluate.waivers import waivers_beside
 from edgedistill.floor import Floor, SliceSpec
+from edgedistill.recipe import RouterSettings
 from edgedistill.recipe_yaml import YamlDocument, dotted, read_yaml
 
 
@@ -20,6 +22,8 @@ class Criteria(BaseModel):
     Attributes:
         chat: None where nothing is said, which leaves it to the artifact's manifest.
         context_tokens: likewise.
+        router: fits a confidence for the app, if it is asked for.
+        waivers: where the losses lie that somebody consented to; None without a recipe.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -28,6 +32,8 @@ class Criteria(BaseModel):
     slices: dict[str, SliceSpec] = {}
     chat: Chat | None = None
     context_tokens: Annotated[int, Field(ge=8)] | None = None
+    router: RouterSettings | None = None
+    waivers: Path | None = None
 
 
 def read_criteria(source: str | None) -> Criteria:
@@ -49,7 +55,9 @@ def read_criteria(source: str | None) -> Criteria:
         raise _all(document.problems)
     if not isinstance(document.data, dict):
         raise UsageError("holds no keys of a recipe", where=source)
-    return _validate(document.data, document)
+    found, path = _validate(document.data, document), Path(source)
+    stated = path.parent / found.waivers.expanduser() if found.waivers else waivers_beside(path)
+    return found.model_copy(update={"waivers": stated})
 
 
 def _parse(text: str) -> Any:

@@ -114,6 +114,7 @@ def _check(check: FloorCheck) -> Text:
     tone = words.VERDICT_TONES[check.verdict]
     text = _text_check(check) if check.clause == TEXT_CLAUSE else words.floor_check(check)
     where = "" if check.slice == "all" else f"{check.slice}: "
+    text += f" ({check.note})" if check.note else ""
     return Text.assemble((f"{words.MARKS[tone]} ", STYLES[tone]), words.visible(f"{where}{text}"))
 
 
