@@ -21,7 +21,7 @@ from edgedistill.evaluate.power import (
     reference_spreads,
 )
 from edgedistill.evaluate.statistics import Pairs, loss_p_value, shares
-from edgedistill.evaluate.suite import Case
+from edgedistill.evaluate.suite import Case, ChoiceCase
 from edgedistill.floor import Floor, SliceSpec
 from edgedistill.preview import describe, preview
 from edgedistill.results import Evaluation, Interval, SliceQuality
@@ -49,7 +49,7 @@ def make_cases(slices: dict[str, int], rng: Rng | None = None) -> list[Case]:
                 "slices": (name,),
                 "weight": float(weights[i]),
             }
-            cases.append(Case.model_validate(fields))
+            cases.append(ChoiceCase.model_validate(fields))
     return cases
 
 
