@@ -9,6 +9,7 @@ from typing import TypeVar
 from edgedistill.cache import StepRecord
 from edgedistill.errors import EdgedistillError, ExitCode
 from edgedistill.evaluate.waivers import apply_waivers, read_waivers, utc_today
+from edgedistill.evaluation_tasks import TRAFFIC_FILE
 from edgedistill.manifest import artifact_files
 from edgedistill.pipeline import Pipeline, Step
 from edgedistill.plan import ArtifactSteps, BuildSteps
@@ -22,14 +23,7 @@ from edgedistill.results import (
     SliceQuality,
     Verification,
 )
-from edgedistill.tasks import (
-    BENCH_FILE,
-    EVALUATION_FILE,
-    TRAFFIC_FILE,
-    VERIFICATION_FILE,
-    WEIGHTS_FILE,
-    Weights,
-)
+from edgedistill.tasks import BENCH_FILE, EVALUATION_FILE, VERIFICATION_FILE, WEIGHTS_FILE, Weights
 from edgedistill.traffic_results import TrafficFindings
 from edgedistill.verdict import (
     Ruling,

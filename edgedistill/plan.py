@@ -11,6 +11,7 @@ from edgedistill.beside import Beside
 from edgedistill.content import ContentHashes
 from edgedistill.errors import UsageError
 from edgedistill.evaluate.waivers import in_force, read_waivers, utc_today
+from edgedistill.evaluation_tasks import ReadTraffic, ScoreUntilDecided, Traffic
 from edgedistill.pipeline import Step, unique
 from edgedistill.plugins import did_you_mean, load_plugin
 from edgedistill.recipe import Recipe, StageStep
@@ -22,13 +23,10 @@ from edgedistill.tasks import (
     Compare,
     Export,
     JudgeLogits,
-    ReadTraffic,
     RunStage,
     Score,
     ScoreReference,
-    ScoreUntilDecided,
     TakeIn,
-    Traffic,
     Verify,
 )
 

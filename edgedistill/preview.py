@@ -28,17 +28,11 @@ from edgedistill.evaluate.power import (
 )
 from edgedistill.evaluate.sequential import FINAL_LEVEL
 from edgedistill.evaluate.suite import load_suite
+from edgedistill.evaluation_tasks import ReadTraffic, ScoreUntilDecided
 from edgedistill.pipeline import Step
 from edgedistill.recipe import Recipe
 from edgedistill.results import Document, Evaluation, LoweredClause
-from edgedistill.tasks import (
-    EVALUATION_FILE,
-    JudgeLogits,
-    ReadTraffic,
-    Score,
-    ScoreReference,
-    ScoreUntilDecided,
-)
+from edgedistill.tasks import EVALUATION_FILE, JudgeLogits, Score, ScoreReference
 
 
 class PlannedStep(Document):

@@ -36,7 +36,7 @@ BROKEN, FIXED = 0.05, 0.075
 
 def make_cases(slices: dict[str, int], rng: Rng | None = None) -> list[Case]:
     """Cases of slices that do not overlap, with weights if ``rng`` is given."""
-    cases = []
+    cases: list[Case] = []
     for name, count in slices.items():
         weights = draw_weights(rng, count) if rng is not None else np.ones(count)
         for i in range(count):

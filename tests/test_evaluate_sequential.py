@@ -29,13 +29,14 @@ from edgedistill.evaluate.sequential import (
 from edgedistill.evaluate.statistics import Pairs
 from edgedistill.evaluate.stopping import STOPPING_FILE, Sampling, look_sizes, random_order
 from edgedistill.evaluate.suite import Case, ChoiceCase, load_suite
+from edgedistill.evaluation_tasks import ScoreUntilDecided
 from edgedistill.exporters.gguf import Gguf
 from edgedistill.floor import Floor, SliceSpec
 from edgedistill.plan import plan_build
 from edgedistill.recipe_load import load_recipe
 from edgedistill.results import Evaluation
 from edgedistill.student import Student
-from edgedistill.tasks import Score, ScoreUntilDecided
+from edgedistill.tasks import Score
 from tests.pairs import Rng, draw_pairs, draw_weights
 from tests.recipes import MINIMAL, write_recipe, write_suite
 

@@ -21,10 +21,10 @@ from edgedistill.evaluate.first_tokens import (
 from edgedistill.evaluate.suite import load_suite
 from edgedistill.evaluate.traffic import find_disagreements, read_reference
 from edgedistill.evaluate.traffic_clusters import TrafficPrompt, find_clusters
+from edgedistill.evaluation_tasks import ReadTraffic, Traffic
 from edgedistill.plan import plan_build
 from edgedistill.recipe_load import load_recipe
 from edgedistill.runtimes.torch_reference import TorchReference
-from edgedistill.tasks import ReadTraffic, Traffic
 from edgedistill.traffic_results import TrafficFindings
 from tests.recipes import MINIMAL, write_recipe, write_suite
 from tests.sentiment_logs import real_cases, write_log

@@ -15,21 +15,14 @@ from edgedistill.evaluate.criteria import Criteria, read_criteria
 from edgedistill.evaluate.harness import HarnessTask, find_task
 from edgedistill.evaluate.suite import load_suite
 from edgedistill.evaluate.waivers import apply_waivers, read_waivers, utc_today
+from edgedistill.evaluation_tasks import ScoreHarness, TakeArtifact
 from edgedistill.intake import read_facts, resolve_student
 from edgedistill.pipeline import Pipeline, Say, Step, say
 from edgedistill.plan import REFERENCE_RUNTIME
 from edgedistill.plugins import load_plugin
 from edgedistill.results import Evaluation, Verdict
 from edgedistill.task import Task
-from edgedistill.tasks import (
-    EVALUATION_FILE,
-    Compare,
-    Score,
-    ScoreHarness,
-    ScoreReference,
-    TakeArtifact,
-    TakeIn,
-)
+from edgedistill.tasks import EVALUATION_FILE, Compare, Score, ScoreReference, TakeIn
 
 # Of an artifact that claims none: as much as most prompts need, at most what the student holds.
 CONTEXT_TOKENS = 2048
