@@ -70,6 +70,8 @@ def _paths(value: Any, place: Place) -> Iterator[tuple[Place, Path]]:
 
 
 def _check_names(recipe: Recipe) -> Iterator[Finding]:
+    from edgedistill.release import EVALUATION
+
     rungs = list(recipe.rungs)
     for name, target in recipe.targets.items():
         for index, rung in enumerate(target.rungs or ()):
@@ -82,6 +84,9 @@ def _check_names(recipe: Recipe) -> Iterator[Finding]:
     for index, name in enumerate(recipe.export or ()):
         if name in (recipe.export or ())[:index]:
             yield Finding(("export", index), f"{name!r} is given twice")
+    if EVALUATION in recipe.rungs:
+        taken = "this directory of the exports holds the scores of all rungs"
+        yield Finding(("rungs", EVALUATION), taken, "give the rung another name")
     for rung, steps in recipe.rungs.items():
         for index, step in enumerate(steps):
             if step.name in REFERENCE_STAGES:

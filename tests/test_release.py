@@ -184,3 +184,9 @@ def test_the_next_release_is_compared_with_the_last(built: Built, tiny: Tiny) ->
     assert last.slices[0].agreement == 1.0
     ran = [step.label for step in report.steps if not step.cached]
     assert ran == ["float/gguf: judge"]  # nothing else depends on it
+
+
+def test_no_rung_takes_the_place_of_the_scores(tiny: Tiny, tmp_path: Path) -> None:
+    text = MINIMAL.replace("  float:", "  evaluation:")
+    with pytest.raises(RecipeError, match=r"rungs\.evaluation: this directory of the exports"):
+        load_recipe(write_recipe(tmp_path, tiny("llama"), text))
