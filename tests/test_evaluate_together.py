@@ -39,7 +39,9 @@ def write_mixed(path: Path, count: int, *, texts: int = 0) -> list[Case]:
             chosen = {"kind": "choice", "choices": ["yes", "no"], "answer": 0, "slices": ["picks"]}
             rows.append(asked | chosen)
         else:
-            rows.append(asked | {"kind": "generate", "exact": "yes", "max_tokens": 8, "slices": ["words"]})
+            rows.append(
+                asked | {"kind": "generate", "exact": "yes", "max_tokens": 8, "slices": ["words"]}
+            )
     rows += [
         {"id": f"t{i}", "kind": "text", "text": f"text {i}", "slices": ["texts"]}
         for i in range(texts)

@@ -92,7 +92,7 @@ def compare(
         fields=measure_fields(scored, reference_scores, scores),
     )
     # Cases that were scored for the sake of small slices would shift what is said of all.
-    drawn = set(stopping.order) if stopping is not None else set(scores)
+    drawn = set(stopping.order) if stopping and evaluation.stopped_early else set(scores)
     chosen = [case for case in scored if isinstance(case, ChoiceCase) and case.id in drawn]
     own, other = log_probs_of(reference_scores), log_probs_of(scores)
     evaluation = describe(evaluation, chosen, own, other, beside or Beside(), list_choice_flips)
