@@ -97,6 +97,8 @@ def _overall(evaluation: Evaluation | None) -> tuple[str, str]:
     if evaluation is None:
         return "unjudged", "unjudged"
     overall = evaluation.overall
+    if not overall.cases:
+        return "texts only", "–"
     interval = words.percent_interval(overall.retention_interval)
     of = f" of {evaluation.cases:,} cases" if words.is_sample(evaluation) else ""
     return words.percent(overall.score) + of, f"{words.percent(overall.retention)} ({interval})"
@@ -133,6 +135,7 @@ def _quality(artifact: ArtifactReport) -> str:
             str(quality.fixed_cases),
         ]
         for quality in evaluation.slices
+        if quality.cases
     ]
     headings = ["slice", "cases", "score", "reference", "retention", "log-score loss"]
     headings += ["broken", "fixed"]

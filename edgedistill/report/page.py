@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import cache
-from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
@@ -52,7 +51,7 @@ def render_page(report: BuildReport) -> str:
 
 @cache
 def _template() -> Template:
-    from jinja2 import Environment, StrictUndefined
+    from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
         autoescape=True,
@@ -60,11 +59,11 @@ def _template() -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
         finalize=_finalize,
+        loader=PackageLoader("edgedistill", "report"),
     )
     for name in _FILTERS:
         environment.filters[name] = getattr(words, name)
-    source = resources.files("edgedistill.report").joinpath("page.html").read_text("utf-8")
-    return environment.from_string(source)
+    return environment.get_template("page.html")
 
 
 _FILTERS = (

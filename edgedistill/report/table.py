@@ -93,6 +93,8 @@ def _quality(artifact: ArtifactReport) -> tuple[str, str]:
     if artifact.evaluation is None:
         return "–", "–"
     overall = artifact.evaluation.overall
+    if not overall.cases:
+        return "–", "–"
     interval = overall.retention_interval
     half = words.percent((interval.high - interval.low) / 2).rstrip("%")
     retention = f"{words.percent(overall.retention).rstrip('%')} ±{half}"

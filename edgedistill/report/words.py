@@ -199,6 +199,8 @@ def clause_limit(clause: str, limit: float) -> str:
     """A clause of the floor with its limit: ``retention ≥ 98.0%``, ``broken ≤ 3.0%``."""
     if clause == "max_log_score_loss":
         return f"log-score loss ≤ {number(limit)} nats"
+    if clause == "max_bits_per_byte_loss":
+        return f"bits-per-byte loss ≤ {number(limit)}"
     if clause.startswith("max_"):
         return f"{clause.removeprefix('max_')} ≤ {percent(limit)}"
     return f"{clause} ≥ {percent(limit)}"
@@ -212,7 +214,7 @@ def floor_check(check: FloorCheck) -> str:
         text = f"{clause_limit(check.clause, check.limit)}: {_clause_value(check)}"
     if check.cases_needed:
         text += f"; needs {check.cases_needed:,} more cases"
-    return text
+    return f"{text}; {check.note}" if check.note else text
 
 
 def _score_loss(check: FloorCheck) -> str:
@@ -226,7 +228,7 @@ def _score_loss(check: FloorCheck) -> str:
 def _clause_value(check: FloorCheck) -> str:
     if check.value is None or check.interval is None:
         return "no case in the sample"
-    if check.clause == "max_log_score_loss":
+    if check.clause in ("max_log_score_loss", "max_bits_per_byte_loss"):
         return f"{signed(check.value)} ({signed_interval(check.interval)})"
     return f"{percent(check.value)} ({percent_interval(check.interval)})"
 
