@@ -252,7 +252,9 @@ def test_other_formats_are_evaluated(
     outcome = evaluate_artifact(asked)
     assert outcome.evaluation is not None
     assert outcome.evaluation.overall.retention == pytest.approx(1.0, abs=0.15)
-    assert abs(outcome.evaluation.overall.bits_per_byte_loss or 1.0) < 0.05
+    loss = outcome.evaluation.overall.bits_per_byte_loss
+    assert loss is not None
+    assert abs(loss) < 0.05
 
 
 def test_artifacts_are_known_by_what_lies_there(tmp_path: Path) -> None:
