@@ -114,7 +114,6 @@ def _check(check: FloorCheck) -> Text:
     tone = words.VERDICT_TONES[check.verdict]
     text = _text_check(check) if check.clause == TEXT_CLAUSE else words.floor_check(check)
     where = "" if check.slice == "all" else f"{check.slice}: "
-    text += f" ({check.note})" if check.note else ""
     return Text.assemble((f"{words.MARKS[tone]} ", STYLES[tone]), words.visible(f"{where}{text}"))
 
 
@@ -125,7 +124,8 @@ def _text_check(check: FloorCheck) -> str:
     if not math.isfinite(check.interval.high):
         return f"{text}{words.signed(check.value, 4)}; one text decides nothing"
     text += f"{words.signed(check.value, 4)} ({words.signed_interval(check.interval, 4)})"
-    return f"{text}; needs {check.cases_needed:,} more texts" if check.cases_needed else text
+    text += f"; needs {check.cases_needed:,} more texts" if check.cases_needed else ""
+    return f"{text}; {check.note}" if check.note else text
 
 
 def _flips(flips: list[Flip]) -> list[RenderableType]:
