@@ -21,3 +21,26 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return made[family]
 
     return make
+
+
+# Their tests are short, but many: each runs a model in a real runtime, or a process of its own.
+SLOW_MODULES = {
+    f"test_{name}.py"
+    for name in (
+        *("bench", "code_version", "core_ml", "coreml", "decoder", "evaluate_command"),
+        *("evaluate_compare", "evaluate_coverage", "evaluate_kinds", "evaluate_mixed"),
+        *("evaluate_sequential", "evaluate_statistics", "evaluate_together", "evaluate_waivers"),
+        *("evaluate_calibration", "evaluate_router", "evaluate_power", "evaluate_judge"),
+        *("evaluate_score", "gguf", "gguf_intake", "llama_cpp", "merge_lora", "mil_interpreter"),
+        *("mil_ops", "onnx", "onnx_runtime", "pipeline", "quantize_rtn", "sentiment_data"),
+        *("suite_draft", "suite_traffic", "torch_reference", "verify"),
+    )
+}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of slow modules as slow."""
+    for item in items:
+        if item.path.name in SLOW_MODULES:
+            item.add_marker(pytest.mark.slow)

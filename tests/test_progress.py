@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 
@@ -47,6 +48,15 @@ def test_a_length_that_is_unknown_is_a_question_mark(
     assert capsys.readouterr().err == "  open: 5/?\n"
 
 
+def read_to_end(master: int) -> str:
+    """All that a terminal was given; it comes in pieces, and its other side must be closed."""
+    drawn = b""
+    with contextlib.suppress(OSError):  # EIO: no writer is left
+        while piece := os.read(master, 65536):
+            drawn += piece
+    return drawn.decode()
+
+
 def test_a_terminal_gets_a_bar_that_goes_away(
     clock: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -54,7 +64,8 @@ def test_a_terminal_gets_a_bar_that_goes_away(
     monkeypatch.setenv(progress.PROGRESS_FD, str(slave))
     monkeypatch.setenv("TERM", "xterm")
     list(track(spend(clock, 3.0, 4), total=4, label="drawing"))
-    drawn = os.read(master, 65536).decode()
+    os.close(slave)
+    drawn = read_to_end(master)
     assert "drawing" in drawn
     assert "\x1b[?25h" in drawn  # the cursor is back
     os.close(master)
