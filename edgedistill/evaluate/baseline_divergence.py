@@ -16,8 +16,8 @@ import numpy.typing as npt
 from edgedistill.choice_results import BaselineDivergence
 from edgedistill.errors import InputError
 from edgedistill.evaluate.baseline import PREFIX, SUFFIX, BaselineCase, read_baseline
-from edgedistill.evaluate.prompts import Prompt, common_prefix
-from edgedistill.evaluate.score import LogProbs, group_by_beginning, log_softmax
+from edgedistill.evaluate.prompts import Prompt
+from edgedistill.evaluate.score import LogProbs, log_softmax, read_beginnings
 from edgedistill.progress import progress_bar
 from edgedistill.session import Session
 
@@ -87,15 +87,7 @@ def answer_log_probs(
     ordered = sorted(cases, key=lambda case: case.prompt)
     prompts = [Prompt(case.id, case.prompt, ()) for case in ordered]
     waiting = iter(ordered)
-    cached: tuple[int, ...] = ()
-    session.reset()
-    for shared, group in group_by_beginning(prompts):
-        beginning = group[0].ids[:shared]
-        keep = common_prefix(cached, beginning)
-        session.rewind(keep)
-        if keep < shared:
-            session.prefill(beginning[keep:])
-        cached = beginning
+    for group in read_beginnings(session, prompts):
         yield from _group_log_probs(session, [next(waiting) for _ in group])
 
 

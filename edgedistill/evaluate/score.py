@@ -134,23 +134,32 @@ def _text_bits(case: TextCase, log_probs: LogProbs) -> TextBits:
 def score_prompts(session: Session, prompts: Sequence[Prompt]) -> dict[str, LogProbs]:
     """Case id -> float64 [choices], summed log-probabilities in nats."""
     scores: dict[str, LogProbs] = {}
-    cached: tuple[int, ...] = ()
-    session.reset()
     # Sorted ids put prompts with the longest common beginnings next to each other.
     ordered = sorted(prompts, key=lambda prompt: prompt.ids)
     with progress_bar(len(ordered), "scoring") as bar:
-        for shared, group in group_by_beginning(ordered):
-            beginning = group[0].ids[:shared]
-            keep = common_prefix(cached, beginning)
-            session.rewind(keep)
-            if keep < shared:
-                session.prefill(beginning[keep:])
-            cached = beginning
+        for group in read_beginnings(session, ordered):
             for prompt, values in zip(group, _score_group(session, group), strict=True):
                 check_finite(prompt.id, values)
                 scores[prompt.id] = values
                 bar.advance()
     return scores
+
+
+def read_beginnings(session: Session, ordered: Sequence[Prompt]) -> Iterator[list[Prompt]]:
+    """The groups of a sorted list, each with what it shares in the session's cache.
+
+    The cache has to be left as it was found.
+    """
+    cached: tuple[int, ...] = ()
+    session.reset()
+    for shared, group in group_by_beginning(ordered):
+        beginning = group[0].ids[:shared]
+        keep = common_prefix(cached, beginning)
+        session.rewind(keep)
+        if keep < shared:
+            session.prefill(beginning[keep:])
+        cached = beginning
+        yield group
 
 
 def group_by_beginning(ordered: Sequence[Prompt]) -> Iterator[tuple[int, list[Prompt]]]:
