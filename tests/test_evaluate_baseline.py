@@ -226,8 +226,16 @@ def test_a_changed_or_renamed_file_is_refused(tmp_path: Path) -> None:
         read_baseline(tmp_path / "baseline-0.safetensors")
 
 
-@pytest.mark.parametrize("part", ["case_ids", "ids", "ends", "positions", "tokens", "tail"])
-@pytest.mark.parametrize("damage", ["gone", "short", "shape", "negative"])
+PARTS = ("case_ids", "ids", "ends", "positions", "tokens", "tail")
+# Case ids are read as bytes, whatever their shape; other values are the vocabulary's to judge.
+DAMAGES = [
+    *((part, damage) for part in PARTS for damage in ("gone", "short")),
+    *((part, "shape") for part in PARTS if part != "case_ids"),
+    *((part, "negative") for part in ("ends", "positions")),
+]
+
+
+@pytest.mark.parametrize(("part", "damage"), DAMAGES)
 def test_a_file_that_is_no_baseline_is_refused_whatever_its_name(
     tmp_path: Path, part: str, damage: str
 ) -> None:
@@ -239,11 +247,7 @@ def test_a_file_that_is_no_baseline_is_refused_whatever_its_name(
     elif damage == "short":
         tensors[part] = np.ascontiguousarray(tensors[part][:-1])
     elif damage == "shape":
-        if part == "case_ids":
-            pytest.skip("it is read as bytes")
         tensors[part] = np.ascontiguousarray(tensors[part].reshape(1, -1))
-    elif part in ("ids", "tokens", "tail", "case_ids"):
-        pytest.skip("a value, whose range the artifact's vocabulary decides")
     else:
         tensors[part] = -tensors[part]
     data = save(tensors)
