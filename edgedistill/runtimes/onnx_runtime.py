@@ -224,11 +224,17 @@ def _load(artifact: Path, threads: int, accuracy_level: int | None) -> Any:
     return model
 
 
-def _shape_of(model: Any, context_tokens: int) -> _Shape:
-    """By the graph's own inputs and outputs, but for the context, which it does not state."""
+def _shape_of(model: Any, context_tokens: int) -> _Shape | None:
+    """By the graph's own inputs and outputs, but for the context, which it does not state.
+
+    None where those are not a decoder's.
+    """
     keys = [v.shape for v in model.get_inputs() if v.name.endswith(".key")]
+    logits = model.get_outputs()[0].shape
+    if not keys or len(keys[0]) != 4 or len(logits) != 3:
+        return None
     _, kv_heads, _, head_dim = keys[0]
-    return _Shape(len(keys), kv_heads, head_dim, model.get_outputs()[0].shape[-1], context_tokens)
+    return _Shape(len(keys), kv_heads, head_dim, logits[-1], context_tokens)
 
 
 def _with_accuracy_level(path: Path, level: int) -> bytes:
@@ -255,7 +261,7 @@ def _read_shape(path: Path) -> _Shape:
             vocab_size=int(model["vocab_size"]),  # type: ignore[index]
             context_tokens=int(model["context_length"]),  # type: ignore[index]
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError(f"does not describe a decoder ({error!r})", where=str(path)) from error
 
 
