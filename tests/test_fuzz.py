@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -48,15 +49,17 @@ SMALL = {
 }
 
 
-@pytest.fixture(autouse=True)
-def memory_limit() -> Iterator[None]:
+@contextmanager
+def limited_memory() -> Iterator[None]:
     """A giant allocation fails, as a MemoryError, which no reader turns into a message."""
     before = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + MEMORY_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_AS, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def refusals(
@@ -76,7 +79,8 @@ def refusals(
         else:
             counts[False] += 1
 
-    run()
+    with limited_memory():
+        run()
     return counts[True], counts[False]
 
 
