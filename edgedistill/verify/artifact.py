@@ -10,7 +10,6 @@ from edgedistill.progress import progress_bar
 from edgedistill.results import Check, TextDivergence, Verification
 from edgedistill.session import Agreement, Runtime, Session
 from edgedistill.student import Student
-from edgedistill.text_program import DirectoryText, TextProgram
 from edgedistill.verify.cache import check_cache
 from edgedistill.verify.divergence import AdapterEffect, Divergence, log_softmax
 from edgedistill.verify.judge import (
@@ -22,9 +21,7 @@ from edgedistill.verify.judge import (
     read_judge_stretches,
 )
 from edgedistill.verify.long_positions import check_positions
-from edgedistill.verify.special_tokens import check_bos, check_ends
-from edgedistill.verify.template import check_template
-from edgedistill.verify.tokenizer import check_tokenizer
+from edgedistill.verify.text import check_text
 
 # 0 is an adapter that is not there, 2 one that was merged twice.  Coarse rounding pulls the share
 # below 1 by itself: 0.67 at 4 bits on the demo student.
@@ -68,7 +65,7 @@ def verify_artifact(
         checks += check_cache(session, weights[0], turns, agreement)
         if long is not None:
             checks.append(check_positions(session, long, agreement))
-        checks += _check_text(DirectoryText(student), session.text_program(artifact))
+        checks += check_text(session, artifact, student)
     if effect is not None:
         checks.append(_check_adapter(effect))
     return Verification(
@@ -153,12 +150,6 @@ def _read_long(judge: Path, context_tokens: int) -> JudgedStretches | None:
             where=str(judge),
         )
     return long
-
-
-def _check_text(student: DirectoryText, artifact: TextProgram) -> list[Check]:
-    """Tokenizer, chat template, and the tokens that begin and end a text."""
-    checks = (check_tokenizer, check_template, check_bos, check_ends)
-    return [check(student, artifact) for check in checks]
 
 
 def _check_adapter(effect: AdapterEffect) -> Check:
