@@ -13,7 +13,9 @@ from edgedistill.results import Check, TextDivergence, Verification
 from edgedistill.session import Agreement, Runtime, Session
 from edgedistill.student import Student
 from edgedistill.verify.divergence import AdapterEffect, Divergence, kl_divergence, log_softmax
+from edgedistill.verify.golden import make_golden
 from edgedistill.verify.judge import JudgedText, read_judge_logits
+from edgedistill.verify.lint import lint_artifact
 from edgedistill.verify.tokenizer import check_tokenizer
 
 PROMPT_LENGTHS = (1, 2, 63, 64, 65)
@@ -58,6 +60,8 @@ def verify_artifact(
         own, other, effect = _read_texts(session, weights, reference, base)
         checks = [*_check_logits(own, agreement), *_check_cache(session, weights[0], agreement)]
         checks.append(check_tokenizer(session, artifact, student))
+        golden = make_golden(session, student)
+    checks += lint_artifact(artifact, format_name, student, context_tokens=context_tokens)
     if effect is not None:
         checks.append(_check_adapter(effect))
     return Verification(
@@ -66,6 +70,7 @@ def verify_artifact(
         against_reference=other,
         settings=runtime.settings(),
         limitation=runtime.limitation,
+        golden=golden,
     )
 
 
