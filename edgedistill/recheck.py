@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,9 +72,17 @@ class Verifier:
             InputError: a path that does not exist or is of no known format, or the student cannot
                 be read.
         """
+        from edgedistill.verify.manifest_files import has_manifest
+
         for path in paths:
             if not path.exists():
                 raise InputError("there is no such file or directory", where=str(path))
+            if against is None and not has_manifest(path):
+                raise InputError(
+                    "has no manifest.json, so it is no artifact of edgedistill",
+                    where=str(path),
+                    hint="name the student that it should be: --against STUDENT",
+                )
         if against is None:
             found = [self._by_manifest(path) for path in paths]
         else:
@@ -214,3 +223,33 @@ def _joined(
     else:
         verification = found.model_copy(update={"checks": [*before, *found.checks]})
     return made.model_copy(update={"verification": verification})
+
+
+def show(report: RecheckReport, page: Path | None, *, as_json: bool) -> int:
+    """Print the report, write the page where one is wanted, and return the exit code.
+
+    Raises:
+        StageError: the page cannot be written.
+    """
+    if page is not None:
+        from edgedistill.verify.matrix import Column, write_matrix
+
+        columns = [
+            Column(
+                item.name,
+                f"against {item.against or 'its manifest'}",
+                item.verification,
+                item.unavailable,
+            )
+            for item in report.artifacts
+        ]
+        write_matrix(columns, "Is it the same model?", page)
+    if as_json:
+        sys.stdout.write(report.model_dump_json(indent=2) + "\n")
+    else:
+        from rich.console import Console
+
+        from edgedistill.verify.table import render_checks
+
+        Console().print(render_checks(report))
+    return report.exit_code

@@ -31,7 +31,6 @@ def read_manifest(directory: Path) -> Manifest:
         raise InputError(
             f"cannot be read: {error.strerror}",
             where=str(path),
-            hint="a file that edgedistill did not make is verified with --against STUDENT",
         ) from error
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
@@ -42,6 +41,11 @@ def read_manifest(directory: Path) -> Manifest:
             where=str(path),
             hint="the file is damaged, or of another version of edgedistill",
         ) from error
+
+
+def has_manifest(path: Path) -> bool:
+    """Whether a directory, or the one that a file lies in, has a manifest of any kind."""
+    return ((path if path.is_dir() else path.parent) / MANIFEST_FILE).exists()
 
 
 def check_files(directory: Path, manifest: Manifest) -> list[Check]:
