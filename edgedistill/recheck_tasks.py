@@ -68,7 +68,8 @@ class VerifyForeign(Task):
 
     def run(self, inputs: Mapping[str, Path], dst: Path) -> None:
         """Reads ``student``, ``judge`` and, where there are some, those of its own weights."""
-        from edgedistill.verify.foreign import Judges, verify_foreign
+        from edgedistill.verify.foreign import verify_foreign
+        from edgedistill.verify.loss import Judges
         from edgedistill.verify.subject import Subject
 
         judges = Judges.read(

@@ -186,7 +186,7 @@ def _metadata(stated: Stated, config: Any, student: Path, format_name: str) -> l
         passed = stated.architecture == wanted
         checks.append(_check("architecture", passed, wanted, stated.architecture, said))
     template = read_template(student)
-    if template is not None or stated.chat_template is not None:
+    if stated.has_template and (template is not None or stated.chat_template is not None):
         checks.append(_template(template, stated.chat_template, student))
     return checks
 

@@ -31,6 +31,7 @@ def read_coreml(artifact: Path) -> Stated:
     """
     program = _Program(read_package(artifact / PACKAGE))
     rope = program.rope()
+    beside = (artifact / "tokenizer_config.json").is_file()
     return Stated(
         counts=program.counts(),
         context_tokens=program.context_tokens(),
@@ -41,9 +42,10 @@ def read_coreml(artifact: Path) -> Stated:
         rope_divisors=rope[1] if rope else None,
         rope_tolerance=ROPE_TOLERANCE,
         bos_id=read_token(artifact, "bos_token"),
-        end_ids=read_ends(artifact),
+        end_ids=read_ends(artifact) if beside else None,
         storage=program.storage(),
         chat_template=read_template(artifact),
+        has_template=beside,
     )
 
 

@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from edgedistill.errors import InputError
-from edgedistill.onnx_package import CONFIG_FILE, MODEL_FILE, not_installed
+from edgedistill.onnx_package import CONFIG_FILE, not_installed
 from edgedistill.student import read_json
+from edgedistill.verify.onnx_foreign import graph_file
 from edgedistill.verify.side_files import read_template
 from edgedistill.verify.stated import Stated, describe, table_frequencies, theta_and_divisors
 
@@ -32,12 +33,11 @@ def read_onnx(artifact: Path) -> Stated:
         InputError: a file is missing or damaged.
         UnavailableError: the ``onnx`` package is not installed.
     """
-    config = read_json(artifact / CONFIG_FILE).get("model")
-    if not isinstance(config, dict):
-        raise InputError("has no model", where=str(artifact / CONFIG_FILE))
-    graph = _Graph(artifact, _file_name(config))
+    config = _genai_config(artifact)
+    graph = _Graph(graph_file(artifact))
     rope = graph.rope()
-    begin, adds = config.get("bos_token_id"), None
+    begin = config.get("bos_token_id")
+    beside = (artifact / "tokenizer_config.json").is_file()
     return Stated(
         counts=graph.counts(),
         context_tokens=_whole(config.get("context_length")),
@@ -47,22 +47,21 @@ def read_onnx(artifact: Path) -> Stated:
         rope_divisors=rope[1] if rope else None,
         rope_tolerance=rope[2] if rope else 1e-6,
         bos_id=begin if isinstance(begin, int) else None,
-        adds_bos=adds,
-        end_ids=_ends(config.get("eos_token_id")),
+        end_ids=_ends(config.get("eos_token_id")) if config else None,
         storage=graph.storage(),
         chat_template=read_template(artifact),
-        architecture=str(config.get("type")),
+        has_template=beside,
+        architecture=str(config.get("type")) if config else None,
     )
 
 
 class _Graph:
-    def __init__(self, artifact: Path, file: str) -> None:
+    def __init__(self, path: Path) -> None:
         try:
             from edgedistill.onnx_graph import read_model
         except ModuleNotFoundError as error:
             raise not_installed(error) from error
-        self._artifact = artifact
-        self._path = artifact / file
+        self._path = path
         graph = read_model(self._path).graph
         self._outputs = {value.name: value for value in graph.output}
         self._inputs = {value.name: value for value in graph.input}
@@ -153,7 +152,7 @@ class _Graph:
 
         try:
             values: npt.NDArray[Any] = numpy_helper.to_array(
-                self._initializers[name], str(self._artifact)
+                self._initializers[name], str(self._path.parent)
             )
         except (OSError, ValueError, TypeError, ValidationError) as error:
             raise InputError(f"{name} cannot be read ({error})", where=str(self._path)) from error
@@ -178,12 +177,15 @@ def _last_size(value: Any) -> int | None:
     return dimensions[-1].dim_value or None if dimensions else None
 
 
-def _file_name(config: dict[str, Any]) -> str:
-    decoder = config.get("decoder")
-    name = decoder.get("filename", MODEL_FILE) if isinstance(decoder, dict) else MODEL_FILE
-    if not isinstance(name, str) or Path(name).name != name:
-        raise InputError(f"names a graph outside: {name!r}", where=CONFIG_FILE)
-    return name
+def _genai_config(artifact: Path) -> dict[str, Any]:
+    """The model of ``genai_config.json``; empty where there is no such file."""
+    path = artifact / CONFIG_FILE
+    if not path.is_file():
+        return {}
+    config = read_json(path).get("model")
+    if not isinstance(config, dict):
+        raise InputError("has no model", where=str(path))
+    return config
 
 
 def _ends(stated: Any) -> frozenset[int]:

@@ -33,7 +33,8 @@ class Stated:
         end_ids: the tokens that it names as ends of a text or a turn.
         storage: checkpoint's tensor name -> how it is stored, see :func:`describe`.
         tokens: entries of its vocabulary list.
-        chat_template: Jinja.
+        chat_template: Jinja; ``has_template`` is False where the format's part at hand has no place
+            for one, such as a package without the files beside it.
         architecture: the family, in the format's own word.
         metadata: what else it says of itself, such as ``name`` and ``licence``.
     """
@@ -52,6 +53,7 @@ class Stated:
     storage: dict[str, str] = field(default_factory=dict)
     tokens: int | None = None
     chat_template: str | None = None
+    has_template: bool = True
     architecture: str | None = None
     metadata: dict[str, str] = field(default_factory=dict)
 
