@@ -12,6 +12,7 @@ from edgedistill.session import Agreement, Runtime, Session
 from edgedistill.student import Student
 from edgedistill.verify.cache import check_cache
 from edgedistill.verify.divergence import AdapterEffect, Divergence, log_softmax
+from edgedistill.verify.golden import make_golden
 from edgedistill.verify.judge import (
     LONG,
     TWO_TURNS,
@@ -20,6 +21,7 @@ from edgedistill.verify.judge import (
     read_judge_logits,
     read_judge_stretches,
 )
+from edgedistill.verify.lint import lint_artifact
 from edgedistill.verify.long_positions import check_positions
 from edgedistill.verify.text import check_text
 
@@ -66,6 +68,8 @@ def verify_artifact(
         if long is not None:
             checks.append(check_positions(session, long, agreement))
         checks += check_text(session, artifact, student)
+        golden = make_golden(session, student)
+    checks += lint_artifact(artifact, format_name, student, context_tokens=context_tokens)
     if effect is not None:
         checks.append(_check_adapter(effect))
     return Verification(
@@ -74,6 +78,7 @@ def verify_artifact(
         against_reference=other,
         settings=runtime.settings(),
         limitation=runtime.limitation,
+        golden=golden,
     )
 
 
