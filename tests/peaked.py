@@ -101,7 +101,9 @@ def adapted(base: Path, dst: Path, seed: int, times: float = 1.0) -> Path:
 def judged(student: Path, dst: Path) -> Judged:
     """The judge's log-probabilities on a student, in the new directory ``dst``."""
     dst.mkdir(parents=True)
-    write_judge_logits(student, TEXTS, dst, chat=Chat(), threads=THREADS)
+    write_judge_logits(
+        student, TEXTS, dst, chat=Chat(), threads=THREADS, context_tokens=CONTEXT
+    )
     return Judged(student, dst)
 
 

@@ -26,13 +26,17 @@ from edgedistill.evaluate.suite import load_suite
 from edgedistill.gguf_file import GgufFile
 from edgedistill.gguf_intake import convert_gguf, read_gguf_facts
 from edgedistill.intake import read_facts
+from edgedistill.manifest import MANIFEST_FILE
 from edgedistill.plugins import load_plugin
 from edgedistill.recipe_load import load_recipe
+from edgedistill.results import GoldenVector
 from edgedistill.safetensors_file import SafetensorsFile
 from edgedistill.student import Student
+from edgedistill.verify.manifest_files import check_files, read_manifest
 from tests.artifact_tensors import rewrite_gguf
 from tests.damage import JUNK, damaged_bytes, damaged_json
 from tests.recipes import MINIMAL, write_suite
+from tests.test_planted_files import write_manifest
 from tests.tiny import write_student
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -301,3 +305,35 @@ def test_artifacts_through_their_runtimes(
 def test_junk_covers_what_json_can_spell() -> None:
     kinds = {type(value) for value in JUNK}
     assert kinds >= {type(None), bool, int, float, str, list, dict}
+
+
+def test_manifests_with_damaged_values(tmp_path: Path) -> None:
+    manifest = json.loads(_small_artifact(tmp_path))
+
+    def read(text: str) -> None:
+        (tmp_path / MANIFEST_FILE).write_text(text)
+        check_files(tmp_path, read_manifest(tmp_path))
+
+    refused, taken = refusals(damaged_json(manifest), read, 700)
+    assert refused > 200
+    assert taken > 10
+
+
+def test_manifests_of_damaged_bytes(tmp_path: Path) -> None:
+    whole = _small_artifact(tmp_path).encode()
+
+    def read(damaged: bytes) -> None:
+        (tmp_path / MANIFEST_FILE).write_bytes(damaged)
+        check_files(tmp_path, read_manifest(tmp_path))
+
+    refused, _ = refusals(damaged_bytes(whole), read, 500)
+    assert refused > 200
+
+
+def _small_artifact(directory: Path) -> str:
+    """A directory of three files, and the text of its manifest."""
+    for name in "abc":
+        (directory / name).write_text(name * 100)
+    vector = GoldenVector(prompt="Hi", ids=[1, 2], steps=[3, 4, 5], leads=[1.0, 0.9, 0.8])
+    write_manifest(directory, "gguf", [vector])
+    return (directory / MANIFEST_FILE).read_text()
