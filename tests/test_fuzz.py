@@ -35,8 +35,9 @@ from edgedistill.student import Student
 from edgedistill.verify.manifest_files import check_files, read_manifest
 from tests.artifact_tensors import rewrite_gguf
 from tests.damage import JUNK, damaged_bytes, damaged_json
+from tests.manifests import write_manifest
 from tests.recipes import MINIMAL, write_suite
-from tests.test_planted_files import write_manifest
+
 from tests.tiny import write_student
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]

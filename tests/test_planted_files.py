@@ -5,21 +5,20 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from edgedistill.chat import Chat
-from edgedistill.manifest import MANIFEST_FILE, Manifest, ManifestFile
+from edgedistill.manifest import MANIFEST_FILE
 from edgedistill.plugins import load_plugin
 from edgedistill.recheck import Verifier
-from edgedistill.results import Check, GoldenVector
+from edgedistill.results import Check
 from edgedistill.verify.golden import replay_golden
 from edgedistill.verify.manifest_files import check_files, read_manifest
 from tests.artifact_tensors import CORE_ML
 from tests.graph_faults import GRAPH_FAULTS
+from tests.manifests import write_manifest
 from tests.mutations import ALL, Fault
 from tests.peaked import CONTEXT, THREADS, Good, export, make_good, verify
 from tests.weight_faults import WEIGHT_FAULTS
@@ -55,46 +54,6 @@ def published(good: Good, tmp_path_factory: pytest.TempPathFactory) -> Callable[
         return made[format_name]
 
     return make
-
-
-def write_manifest(artifact: Path, format_name: str, golden: list[GoldenVector]) -> None:
-    """The manifest of what lies there now."""
-    (artifact / MANIFEST_FILE).unlink(missing_ok=True)
-    files = [
-        ManifestFile(
-            path=path.relative_to(artifact).as_posix(),
-            size_bytes=path.stat().st_size,
-            sha256=sha256(path.read_bytes()).hexdigest(),
-        )
-        for path in sorted(artifact.rglob("*"))
-        if path.is_file()
-    ]
-    manifest = Manifest(
-        recipe="planted",
-        rung="float",
-        format=format_name,
-        runtime=load_plugin("exporters", format_name).runtime,
-        edgedistill="0",
-        license=None,
-        student="peaked",
-        context_tokens=CONTEXT,
-        chat=Chat(),
-        parameters=1,
-        size_bytes=sum(file.size_bytes for file in files),
-        weight_bytes=1,
-        bits_per_weight=8.0,
-        shippable=False,
-        why_not="it is a test",
-        files=files,
-        lineage=[],
-        libraries={},
-        verification=None,
-        quality=None,
-        budget=[],
-        bench=None,
-        golden=golden,
-    )
-    (artifact / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=2))
 
 
 def failed(checks: list[Check]) -> set[str]:
