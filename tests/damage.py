@@ -1,4 +1,4 @@
-"""Damage to bytes and to JSON: what a broken copy, a careless script or an ill will does to a file."""
+"""Damage to bytes and to JSON: what a broken copy, a careless script or an ill will does."""
 
 from __future__ import annotations
 

@@ -164,11 +164,12 @@ def _add_digit_merge(student: Path) -> None:
     path = student / "tokenizer.json"
     tokenizer = json.loads(path.read_text(encoding="utf-8"))
     vocabulary, merges = tokenizer["model"]["vocab"], tokenizer["model"]["merges"]
-    merged = {"".join(m if isinstance(m, list) else m.split(" ", 1)) for m in merges}
-    parts = {p for m in merges for p in (m if isinstance(m, list) else m.split(" ", 1))}
-    # The token of the last merge that no other merge is made of gives way.
-    last = max((t for t in merged - parts), key=lambda token: int(vocabulary[token]))
-    merges[:] = [m for m in merges if "".join(m if isinstance(m, list) else m.split(" ", 1)) != last]
+    pairs = [tuple(m) if isinstance(m, list) else tuple(m.split(" ", 1)) for m in merges]
+    parts = {part for pair in pairs for part in pair}
+    # The last token that no other merge is made of gives way.
+    free = {left + right for left, right in pairs} - parts
+    last = max(free, key=lambda token: int(vocabulary[token]))
+    merges[:] = [m for m, (left, right) in zip(merges, pairs, strict=True) if left + right != last]
     merges.append(["1", "2"] if isinstance(merges[0], list) else "1 2")
     vocabulary["12"] = vocabulary.pop(last)
     path.write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Damaged and hostile files end in an EdgedistillError: no other error, no hang, no huge allocation."""
+"""Damaged and hostile files end in an EdgedistillError: no other error, hang or huge allocation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Good artifacts raise no alarm: at least 200 of them, of shapes and seeds that set no threshold."""
+"""Good artifacts raise no alarm: 200 and more, of shapes and seeds that set no threshold."""
 
 from __future__ import annotations
 

@@ -17,7 +17,8 @@ BOS, EOS = "tokens: bos", "tokens: eos"
 CONTEXT_LENGTH = "lint: context length"
 BEGIN, END = "<|im_start|>", "<|im_end|>"
 STALE_TEMPLATE = (
-    "{% for message in messages %}{{ '### ' + message['role'] + ':\n' + message['content'] + '\n' }}"
+    "{% for message in messages %}"
+    "{{ '### ' + message['role'] + ':\n' + message['content'] + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '### assistant:\n' }}{% endif %}"
 )
 DEAF_TEMPLATE = (
@@ -28,7 +29,8 @@ DEAF_TEMPLATE = (
 )
 TRIMMING_TEMPLATE = (
     "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] | trim + '<|im_end|>' + '\n' }}"
+    "{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{{ message['content'] | trim + '<|im_end|>' + '\n' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
