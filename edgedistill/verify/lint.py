@@ -117,15 +117,18 @@ def lint_stated(
     ]
     if stated.tokens is not None:
         checks.append(_same("tokens listed", config.vocab_size, stated.tokens))
-    epsilons = sorted(stated.norm_epsilons)
-    close = [_near(e, config.rms_norm_eps, stated.norm_tolerance) for e in epsilons]
-    checks.append(
-        _check("norm epsilon", bool(close) and all(close), config.rms_norm_eps, _list(epsilons))
-    )
+    if stated.norm_epsilons:
+        checks.append(_epsilon(stated, float(config.rms_norm_eps)))
     checks += _rope(stated, config)
     checks += _special(stated, student, frozenset(also_ends))
     checks += _metadata(stated, config, student, format_name)
     return checks
+
+
+def _epsilon(stated: Stated, expected: float) -> Check:
+    found = sorted(stated.norm_epsilons)
+    close = all(_near(value, expected, stated.norm_tolerance) for value in found)
+    return _check("norm epsilon", close, f"{expected:.4g}", _list(found))
 
 
 def expected_rope(config: Any) -> tuple[float, np.ndarray]:
