@@ -17,7 +17,7 @@ from edgedistill.verify.lint import lint_stated, read_stated
 from edgedistill.verify.loss import Judges, check_loss, check_structure, check_weights, mean
 from edgedistill.verify.stated import Stated
 from edgedistill.verify.subject import Subject, as_artifact
-from edgedistill.verify.tokenizer import check_tokenizer
+from edgedistill.verify.text import check_text
 
 CACHE_TOKENS, CACHE_STEPS = 48, 24
 # Token by token against all at once, in one runtime: kernels differ, weights do not.
@@ -96,8 +96,8 @@ def _verify(
     else:
         detail = f"{session.vocab_size} logits, the reference has {rows}"
         checks.append(Check(name="logits: comparable", passed=False, detail=detail))
-    if session.tokenize("a") is not None or (artifact / "tokenizer.json").is_file():
-        checks.append(check_tokenizer(session, artifact, judges.student))
+    if subject.format == "gguf" or (artifact / "tokenizer.json").is_file():
+        checks += _check_text(session, artifact, judges.student)
     else:
         notes.append("there is no tokenizer beside the weights: none was compared")
     if judges.own is None:
@@ -165,6 +165,13 @@ def _read_texts(
             to_reference.append(pairs[0][1].summary())
             to_own += [divergence.summary() for _, divergence in pairs[1:]]
     return to_own, to_reference
+
+
+def _check_text(session: Session, artifact: Path, student: Path) -> list[Check]:
+    try:
+        return check_text(session, artifact, student)
+    except InputError as error:
+        return [Check(name="tokenizer: opens", passed=False, detail=str(error))]
 
 
 def _check_cache(session: Session, ids: list[int]) -> Check:
