@@ -502,7 +502,7 @@ def test_the_page_shows_every_check_of_every_artifact(
     published: Path, tmp_path: Path, cache: Path
 ) -> None:
     copy = shutil.copytree(published, tmp_path / "copy")
-    (copy / "<script>alert(1)</script>\x1b[31m").write_text("x")
+    (copy / "<script>alert(1)<b>\x1b[31m").write_text("x")
     page = tmp_path / "page.html"
     assert run(published, copy, "--page", page, cache=cache).returncode == 5
     text = page.read_text(encoding="utf-8")

@@ -148,12 +148,13 @@ def _rope(stated: Stated, config: Any) -> list[Check]:
         passed = _near(stated.rope_theta, theta, stated.rope_tolerance)
         checks.append(_check("RoPE theta", passed, f"{theta:g}", f"{stated.rope_theta:.7g}"))
     if stated.rope_divisors is not None:
-        found, detail = stated.rope_divisors, f"frequencies divided by {_span(divisors)}"
+        found = stated.rope_divisors
         same = found.shape == divisors.shape and bool(
             # The base's own error shows in every frequency, so the tables' tolerance holds twice.
             np.allclose(found, divisors, rtol=2 * stated.rope_tolerance, atol=0)
         )
-        checks.append(_check("RoPE scaling", same, detail, f"divided by {_span(found)}"))
+        spans = (f"frequencies divided by {_span(each)}" for each in (divisors, found))
+        checks.append(_check("RoPE scaling", same, *spans))
     return checks
 
 
@@ -203,7 +204,7 @@ def _template(expected: str | None, found: str | None, student: Path) -> Check:
         states = ("none" if t is None else f"{len(t)} characters" for t in (expected, found))
         return _check("chat template", False, *states)
     if expected == found:
-        return _check("chat template", True, f"{len(expected)} characters", "the same")
+        return _check("chat template", True, *["the same text"] * 2)
     tokenizer = load_tokenizer(student)
     for conversation in CONVERSATIONS:
         rendered = []
@@ -217,7 +218,7 @@ def _template(expected: str | None, found: str | None, student: Path) -> Check:
             rendered.append(str(text))
         if rendered[0] != rendered[1]:
             return _check("chat template", False, repr(rendered[0]), repr(rendered[1]))
-    return _check("chat template", True, "another text", "that renders the same")
+    return _check("chat template", True, *["another text that renders the same"] * 2)
 
 
 def _storage(stated: Stated, student: Student, format_name: str) -> list[Check]:
