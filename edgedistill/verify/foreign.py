@@ -17,11 +17,12 @@ from edgedistill.verify.lint import lint_stated, read_stated
 from edgedistill.verify.loss import Judges, check_loss, check_structure, check_weights, mean
 from edgedistill.verify.stated import Stated
 from edgedistill.verify.subject import Subject, as_artifact
-from edgedistill.verify.tokenizer import check_tokenizer
+from edgedistill.verify.text import check_text
 
 CACHE_TOKENS, CACHE_STEPS = 48, 24
 # Token by token against all at once, in one runtime: kernels differ, weights do not.
 CACHE_KL = 0.05
+TOKENIZER_OPENS = "tokenizer: opens"
 
 
 def verify_foreign(subject: Subject, judges: Judges, *, threads: int) -> Verification:
@@ -81,7 +82,8 @@ def _verify(
     judges: Judges,
     runtime: Runtime,
 ) -> Verification:
-    checks = _lint(stated, subject, judges, getattr(session, "eos_ids", frozenset()))
+    texts = _check_text(session, subject, artifact, judges.student)
+    checks = _lint(stated, subject, judges, _ends(session, artifact, texts))
     notes = [runtime.limitation] if runtime.limitation else []
     own: list[TextDivergence] = []
     reference: list[TextDivergence] = []
@@ -96,9 +98,8 @@ def _verify(
     else:
         detail = f"{session.vocab_size} logits, the reference has {rows}"
         checks.append(Check(name="logits: comparable", passed=False, detail=detail))
-    if session.tokenize("a") is not None or (artifact / "tokenizer.json").is_file():
-        checks.append(check_tokenizer(session, artifact, judges.student))
-    else:
+    checks += texts
+    if not texts:
         notes.append("there is no tokenizer beside the weights: none was compared")
     if judges.own is None:
         notes.append("its weights were not read one by one: rounding is not told from structure")
@@ -165,6 +166,25 @@ def _read_texts(
             to_reference.append(pairs[0][1].summary())
             to_own += [divergence.summary() for _, divergence in pairs[1:]]
     return to_own, to_reference
+
+
+def _check_text(
+    session: Session, subject: Subject, artifact: Path, student: Path
+) -> list[Check]:
+    """What the file makes of text; nothing where it comes without a tokenizer."""
+    if subject.format != "gguf" and not (artifact / "tokenizer.json").is_file():
+        return []
+    try:
+        return check_text(session, artifact, student)
+    except InputError as error:
+        return [Check(name=TOKENIZER_OPENS, passed=False, detail=str(error))]
+
+
+def _ends(session: Session, artifact: Path, texts: list[Check]) -> frozenset[int]:
+    """Where its program stops, which may know more ends than the file states."""
+    if not texts or texts[0].name == TOKENIZER_OPENS:
+        return frozenset()
+    return session.text_program(artifact).ends()
 
 
 def _check_cache(session: Session, ids: list[int]) -> Check:

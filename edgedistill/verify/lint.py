@@ -117,15 +117,18 @@ def lint_stated(
     ]
     if stated.tokens is not None:
         checks.append(_same("tokens listed", config.vocab_size, stated.tokens))
-    epsilons = sorted(stated.norm_epsilons)
-    close = [_near(e, config.rms_norm_eps, stated.norm_tolerance) for e in epsilons]
-    checks.append(
-        _check("norm epsilon", bool(close) and all(close), config.rms_norm_eps, _list(epsilons))
-    )
+    if stated.norm_epsilons:
+        checks.append(_epsilon(stated, float(config.rms_norm_eps)))
     checks += _rope(stated, config)
     checks += _special(stated, student, frozenset(also_ends))
     checks += _metadata(stated, config, student, format_name)
     return checks
+
+
+def _epsilon(stated: Stated, expected: float) -> Check:
+    found = sorted(stated.norm_epsilons)
+    close = all(_near(value, expected, stated.norm_tolerance) for value in found)
+    return _check("norm epsilon", close, f"{expected:.4g}", _list(found))
 
 
 def expected_rope(config: Any) -> tuple[float, np.ndarray]:
@@ -145,12 +148,13 @@ def _rope(stated: Stated, config: Any) -> list[Check]:
         passed = _near(stated.rope_theta, theta, stated.rope_tolerance)
         checks.append(_check("RoPE theta", passed, f"{theta:g}", f"{stated.rope_theta:.7g}"))
     if stated.rope_divisors is not None:
-        found, detail = stated.rope_divisors, f"frequencies divided by {_span(divisors)}"
+        found = stated.rope_divisors
         same = found.shape == divisors.shape and bool(
             # The base's own error shows in every frequency, so the tables' tolerance holds twice.
             np.allclose(found, divisors, rtol=2 * stated.rope_tolerance, atol=0)
         )
-        checks.append(_check("RoPE scaling", same, detail, f"divided by {_span(found)}"))
+        spans = (f"frequencies divided by {_span(each)}" for each in (divisors, found))
+        checks.append(_check("RoPE scaling", same, *spans))
     return checks
 
 
@@ -163,9 +167,8 @@ def _special(stated: Stated, student: Path, also_ends: frozenset[int]) -> list[C
         own = {tokenizer.eos_token_id} - {None}
         expected |= frozenset(own)
         found = stated.end_ids
-        # What the file names has to be an end, and every end has to stop the runtime.
-        passed = found <= expected | also_ends and bool(found & expected or not expected)
-        passed = passed and expected <= found | also_ends
+        # A file names no other end, and every end stops the runtime, which may know it by name.
+        passed = found <= expected <= found | also_ends
         checks.append(_check("EOS", passed, _list(sorted(expected)), _list(sorted(found))))
     begin = {tokenizer.bos_token_id, Student(student).config.get("bos_token_id")} - {None}
     if stated.bos_id is not None and begin:
@@ -201,7 +204,7 @@ def _template(expected: str | None, found: str | None, student: Path) -> Check:
         states = ("none" if t is None else f"{len(t)} characters" for t in (expected, found))
         return _check("chat template", False, *states)
     if expected == found:
-        return _check("chat template", True, f"{len(expected)} characters", "the same")
+        return _check("chat template", True, *["the same text"] * 2)
     tokenizer = load_tokenizer(student)
     for conversation in CONVERSATIONS:
         rendered = []
@@ -215,7 +218,7 @@ def _template(expected: str | None, found: str | None, student: Path) -> Check:
             rendered.append(str(text))
         if rendered[0] != rendered[1]:
             return _check("chat template", False, repr(rendered[0]), repr(rendered[1]))
-    return _check("chat template", True, "another text", "that renders the same")
+    return _check("chat template", True, *["another text that renders the same"] * 2)
 
 
 def _storage(stated: Stated, student: Student, format_name: str) -> list[Check]:

@@ -70,12 +70,11 @@ class _Graph:
 
     def counts(self) -> dict[str, int]:
         attention = self._of("GroupQueryAttention")
-        found: dict[str, int | None] = {"layers": len(attention)}
+        found: dict[str, int | None] = {"layers": len(attention) or len(self._caches()) or None}
         if attention:
             found["heads"] = _attribute(attention[0], "num_heads")
             found["kv_heads"] = _attribute(attention[0], "kv_num_heads")
-        caches = [v for name, v in self._inputs.items() if name.endswith(".key")]
-        found["head_dim"] = _last_size(caches[0]) if caches else None
+        found["head_dim"] = _last_size(self._caches()[0]) if self._caches() else None
         logits = self._outputs.get("logits")
         found["vocab_size"] = None if logits is None else _last_size(logits)
         scales = [n.input[1] for n in self._of(NORMS[0]) if n.input[1] in self._initializers]
@@ -83,6 +82,9 @@ class _Graph:
         gate = self._matrices().get("model.layers.0.mlp.gate_proj.weight")
         found["ffn_size"] = None if gate is None else gate[0]
         return {name: int(value) for name, value in found.items() if value is not None}
+
+    def _caches(self) -> list[Any]:
+        return [value for name, value in self._inputs.items() if name.endswith(".key")]
 
     def tied(self) -> bool | None:
         """Whether the node that makes the logits reads the embedding; None: it cannot be told."""

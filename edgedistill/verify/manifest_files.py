@@ -16,6 +16,7 @@ from edgedistill.results import Check
 
 # The two that a publish adds; the manifest cannot name its own hash.
 NOT_LISTED = frozenset({MANIFEST_FILE, README_FILE})
+WHEN_BUILT = "manifest: verified when built"
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -72,7 +73,7 @@ def check_files(directory: Path, manifest: Manifest) -> list[Check]:
     ]
     if manifest.verification is not None:
         failed = [c.name for c in manifest.verification.checks if not c.passed]
-        checks.append(_check("manifest: verified when built", failed, "every check passed"))
+        checks.append(_check(WHEN_BUILT, failed, "every check passed"))
     return checks
 
 

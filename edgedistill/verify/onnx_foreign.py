@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgedistill.chat import load_tokenizer
 from edgedistill.errors import InputError, StageError, UsageError
 from edgedistill.onnx_package import CONFIG_FILE, FIRST_LOGIT, MODEL_FILE, not_installed
 from edgedistill.session import Logits, Session
@@ -52,7 +51,6 @@ class ForeignOnnxSession(Session):
         self._refuse_unknown()
         self._names = [name for name in self._inputs if name.startswith(_PAST)]
         self._past = {name: self._empty(name) for name in self._names}
-        self._tokenizer: Any = None
         self.context_tokens = context_tokens
         self.position = 0
         size = self._model.get_outputs()[self._outputs.index("logits")].shape[-1]
@@ -85,15 +83,6 @@ class ForeignOnnxSession(Session):
         self._past = {name: values[:, :, :position] for name, values in self._past.items()}
         self.position = position
 
-    def tokenize(self, text: str) -> list[int] | None:
-        """Ids by the package's ``tokenizer.json``; None where there is none."""
-        path = self._artifact / "tokenizer.json"
-        if not path.is_file():
-            return None
-        if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self._artifact)
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False).input_ids
-        return ids
 
     def close(self) -> None:
         """Free the model and its cache."""
