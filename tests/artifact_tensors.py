@@ -154,7 +154,11 @@ class CoreMlTensors(Tensors):
 
     def __init__(self, artifact: Path, facts: DecoderFacts) -> None:
         super().__init__(facts)
-        self._operations = {op.outputs[0].name: op for op in main_block(read_spec(artifact)).operations}
+        self._operations = {
+            op.outputs[0].name: op
+            for op in main_block(read_spec(artifact)).operations
+            if op.outputs
+        }
         self._bytes = np.memmap(artifact / CORE_ML / "weights/weight.bin", np.uint8, "r+")
 
     def __getitem__(self, name: str) -> Array:

@@ -92,15 +92,18 @@ def damaged_bytes(whole: bytes, until: float = 1.0) -> st.SearchStrategy[bytes]:
 def damaged_json(value: Any) -> st.SearchStrategy[str]:
     """JSON text in which one to three values are junk, gone, or have another key."""
     change = st.tuples(
-        st.integers(0, 2**32 - 1), st.sampled_from(("junk", "junk", "drop", "rename")), st.sampled_from(JUNK)
+        st.integers(0, 2**32 - 1),
+        st.sampled_from(("junk", "junk", "drop", "rename")),
+        st.integers(0, len(JUNK) - 1),
     )
     return st.lists(change, min_size=1, max_size=3).map(lambda changes: _changed(value, changes))
 
 
-def damaged_value(value: Any, changes: Sequence[tuple[int, str, Any]]) -> Any:
+def damaged_value(value: Any, changes: Sequence[tuple[int, str, int]]) -> Any:
     """A copy of JSON data after some changes, each at a place that its number picks."""
     changed = copy.deepcopy(value)
-    for number, kind, junk in changes:
+    for number, kind, choice in changes:
+        junk = copy.deepcopy(JUNK[choice])
         places = list(_places(changed))
         if not places:
             return junk
@@ -114,7 +117,7 @@ def damaged_value(value: Any, changes: Sequence[tuple[int, str, Any]]) -> Any:
     return changed
 
 
-def _changed(value: Any, changes: Sequence[tuple[int, str, Any]]) -> str:
+def _changed(value: Any, changes: Sequence[tuple[int, str, int]]) -> str:
     return json.dumps(damaged_value(value, changes)).replace(f'"{DEEP}"', DEEP_TEXT)
 
 

@@ -131,7 +131,7 @@ def _rotate_one_place_early(artifact: Path) -> None:
     """Core ML: after the first call, tokens are rotated as if they stood one place earlier."""
     with edited_program(artifact) as block:
         operations = list(block.operations)
-        made = {op.outputs[0].name: op for op in operations}
+        made = {op.outputs[0].name: op for op in operations if op.outputs}
         start, count = made["embed_sub_1"], made["embed_slice_by_index_2"]
         begin, end = made["embed_concat_1"], made["embed_concat_2"]
         zero = begin.inputs["values"].arguments[1]

@@ -50,16 +50,14 @@ class Fault:
     good: str = "llama/float"
 
 
-def fault_in_weights(
-    name: str, edit: Edit, *caught_by: str, good: str = "llama/float"
-) -> Fault:
+def fault_in_weights(name: str, edit: Edit, *caught_by: str, good: str = "llama/float") -> Fault:
     """The same change of tensors in the bytes of all three formats."""
-    return Fault(name, caught_by or (LOGITS,), {f: in_tensors(f, edit) for f in ALL}, edited(edit), good)
+    return Fault(
+        name, caught_by or (LOGITS,), {f: in_tensors(f, edit) for f in ALL}, edited(edit), good
+    )
 
 
-def fault_in_input(
-    name: str, remake: Remake, *caught_by: str, good: str = "llama/float"
-) -> Fault:
+def fault_in_input(name: str, remake: Remake, *caught_by: str, good: str = "llama/float") -> Fault:
     """Another student than the one that is claimed was exported, in all three formats."""
 
     def plant(format_name: str) -> Plant:

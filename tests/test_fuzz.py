@@ -37,7 +37,6 @@ from tests.artifact_tensors import rewrite_gguf
 from tests.damage import JUNK, damaged_bytes, damaged_json
 from tests.manifests import write_manifest
 from tests.recipes import MINIMAL, write_suite
-
 from tests.tiny import write_student
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -79,8 +78,7 @@ def refusals(
         try:
             read(damaged)
         except EdgedistillError as error:
-            assert str(error)
-            counts[True] += 1
+            counts[bool(str(error))] += 1
         else:
             counts[False] += 1
 

@@ -124,5 +124,3 @@ def test_a_check_that_is_not_there_does_not_count_as_having_caught(workshop: Wor
         found = verify(workshop.good("llama/float"), artifact, format_name)
         existing |= {check.name for check in found.checks}
     assert {name for fault in FAULTS for name in fault.caught_by} <= existing
-
-

@@ -15,7 +15,7 @@ IDS = "tokenizer: ids"
 TEMPLATE = "template: conversations"
 BOS, EOS = "tokens: bos", "tokens: eos"
 CONTEXT_LENGTH = "lint: context length"
-BEGIN, END = "<|im_start|>", "<|im_end|>"
+BEGIN = "<|im_start|>"
 STALE_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '### ' + message['role'] + ':\n' + message['content'] + '\n' }}"
@@ -92,14 +92,14 @@ def _lose_merges(tokenizer: Any) -> None:
 
 
 def _make_ordinary(tokenizer: Any) -> None:
-    """The token that ends a turn is cut like any text."""
+    """The token that begins a turn is cut like any text."""
     added = tokenizer["added_tokens"]
-    added[:] = [entry for entry in added if entry["content"] != END]
+    added[:] = [entry for entry in added if entry["content"] != BEGIN]
 
 
 def _make_ordinary_in_list(metadata: dict[str, Any]) -> dict[str, Any]:
     types = list(metadata["tokenizer.ggml.token_type"])
-    types[metadata["tokenizer.ggml.tokens"].index(END)] = 1
+    types[metadata["tokenizer.ggml.tokens"].index(BEGIN)] = 1
     return {"tokenizer.ggml.token_type": types}
 
 
@@ -141,7 +141,9 @@ def _claim_in_core_ml(artifact: Path) -> None:
 
 
 TOKEN_FAULTS = [
-    fault_of_tokenizer("two tokens of the vocabulary swapped", _swapped_in_list, _swap_in_vocabulary),
+    fault_of_tokenizer(
+        "two tokens of the vocabulary swapped", _swapped_in_list, _swap_in_vocabulary
+    ),
     fault_of_tokenizer(
         "digit splitting lost",
         lambda _: {"tokenizer.ggml.pre": "gpt-2"},

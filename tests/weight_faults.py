@@ -179,9 +179,7 @@ WEIGHT_FAULTS = [
         good=MISTRAL,
     ),
     fault_in_input("the last layer lost", with_config(num_hidden_layers=2), "lint: layers", LOGITS),
-    fault_in_input(
-        "the tied head replaced", replace_tied_head, "lint: tied embeddings", LOGITS
-    ),
+    fault_in_input("the tied head replaced", replace_tied_head, "lint: tied embeddings", LOGITS),
     fault_in_input(
         "the head quantized by accident",
         with_edit(quantize_head),
@@ -194,7 +192,9 @@ WEIGHT_FAULTS = [
     ),
     fault_in_input("4-bit codes swapped in pairs", with_edit(swap_nibbles), good="llama/int4"),
     fault_in_input("zero points off by one", with_edit(raise_zeros), good="llama/int4"),
-    fault_in_input("codes with the wrong sign", with_edit(take_codes_for_signed), good="llama/int8"),
+    fault_in_input(
+        "codes with the wrong sign", with_edit(take_codes_for_signed), good="llama/int8"
+    ),
     fault_in_input("an adapter not merged", merge_adapter(0.0), ADAPTER),
     fault_in_input("an adapter merged twice", merge_adapter(2.0), ADAPTER),
     fault_in_input("an adapter at a quarter of its scale", merge_adapter(0.25), ADAPTER),
