@@ -15,6 +15,7 @@ from edgedistill.results import (
     BudgetCheck,
     Document,
     FloorCheck,
+    GoldenVector,
     SliceQuality,
     Verdict,
     Verification,
@@ -61,7 +62,11 @@ class Quality(Document):
 
 
 class Manifest(Document):
-    """The contents of ``manifest.json``; it names no time and no place, so equal means equal."""
+    """The contents of ``manifest.json``; it names no time and no place, so equal means equal.
+
+    Attributes:
+        golden: what the artifact says, so that a device can prove that it runs this one.
+    """
 
     schema_version: Literal[1] = 1
     recipe: str
@@ -86,6 +91,7 @@ class Manifest(Document):
     quality: Quality | None
     budget: list[BudgetCheck]
     bench: Bench | None
+    golden: list[GoldenVector] = []
 
 
 def artifact_files(record: StepRecord) -> list[ManifestFile]:
@@ -129,11 +135,17 @@ def make_manifest(
         files=artifact_files(record),
         lineage=[_lineage_step(step) for step in lineage],
         libraries={n: v for step in lineage for n, v in step.code.libraries.items()},
-        verification=report.verification,
+        verification=_without_golden(report.verification),
         quality=_quality(report),
         budget=report.budget,
         bench=report.bench,
+        golden=report.verification.golden if report.verification else [],
     )
+
+
+def _without_golden(verification: Verification | None) -> Verification | None:
+    """The manifest has a place of its own for golden vectors."""
+    return verification.model_copy(update={"golden": []}) if verification else None
 
 
 def _quality(report: ArtifactReport) -> Quality | None:

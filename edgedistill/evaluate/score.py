@@ -29,6 +29,7 @@ TIMING_FILE = "timing.json"
 # What a batch of its own costs, in tokens: about a decoded token of a small model.
 SPLIT_TOKENS = 64
 DECIMALS = 6  # of a log-probability: float32 logits carry no more
+LONGEST_SECONDS = 1e9  # thirty years
 
 LogProbs = npt.NDArray[np.float64]
 
@@ -193,13 +194,15 @@ def read_scores(directory: Path) -> dict[str, LogProbs]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise InputError(f"no scores: {error.strerror}", where=str(path)) from error
+    except UnicodeDecodeError as error:
+        raise InputError("is not UTF-8 text", where=str(path)) from error
     scores: dict[str, LogProbs] = {}
     for number, line in enumerate(lines, start=1):
         try:
             entry = json.loads(line)
             values = np.array([float(value) for value in entry["log_probs"]])
             case_id = str(entry["id"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise InputError("is not a line of scores", where=f"{path}:{number}") from error
         if case_id in scores or not np.isfinite(values).all():
             raise InputError(f"case {case_id} is repeated or not finite", where=f"{path}:{number}")
@@ -208,5 +211,12 @@ def read_scores(directory: Path) -> dict[str, LogProbs]:
 
 
 def read_seconds(directory: Path) -> float:
-    """How long the scoring took, in seconds."""
-    return float(read_json(directory / TIMING_FILE)["seconds"])
+    """How long the scoring took, in seconds.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
+    seconds = read_json(directory / TIMING_FILE).get("seconds")
+    if not isinstance(seconds, int | float) or not 0 <= seconds < LONGEST_SECONDS:
+        raise InputError(f"seconds is {seconds!r}", where=str(directory / TIMING_FILE))
+    return float(seconds)

@@ -132,12 +132,14 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
         raise InputError(
             f"the suite is not UTF-8 (byte {error.start})", where=str(path), hint="convert it"
         ) from error
+    except ValueError as error:
+        raise InputError(f"is no file's name ({error})", where=repr(str(path))) from error
 
 
 def _parse(line: str, where: str) -> Case | InputError:
     try:
         fields = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         hint = "every line is one JSON object, without line breaks inside"
         return InputError(f"is not JSON ({error})", where=where, hint=hint)
     if not isinstance(fields, dict):
