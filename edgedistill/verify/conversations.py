@@ -124,7 +124,9 @@ WITH_TOOLS = (
     Conversation("two tools", user("How late is it?"), (WEATHER, CLOCK)),
     Conversation("a tool and a system", system("Use tools.", "How is the weather?"), (WEATHER,)),
     Conversation("a tool's result", CALLED, (WEATHER,)),
-    Conversation("an answer after a tool", (*CALLED, said("assistant", "Clear, 21.5 °C.")), (CLOCK,)),
+    Conversation(
+        "an answer after a tool", (*CALLED, said("assistant", "Clear, 21.5 °C.")), (CLOCK,)
+    ),
     Conversation(
         "two calls at once",
         (

@@ -83,7 +83,6 @@ class ForeignOnnxSession(Session):
         self._past = {name: values[:, :, :position] for name, values in self._past.items()}
         self.position = position
 
-
     def close(self) -> None:
         """Free the model and its cache."""
         self._model, self._past = None, {}
@@ -177,9 +176,7 @@ def _load(path: Path, threads: int) -> tuple[Any, tuple[type[Exception], ...]]:
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3
     try:
-        model = onnxruntime.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"]
-        )
+        model = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except errors as error:
         raise InputError(f"ONNX Runtime does not load it: {error}", where=str(path)) from error
     return model, errors
