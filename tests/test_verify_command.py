@@ -81,7 +81,7 @@ def publish(student: Path, root: Path, format_name: str = "gguf") -> Path:
         quality=None,
         budget=[],
         bench=None,
-        golden=golden,
+        golden=tuple(golden),
     )
     publish_artifact(files, manifest, root / "published")
     return root / "published"

@@ -1,4 +1,4 @@
-"""ONNX decoders that others exported, run by their own inputs: those of genai's builder and optimum.
+"""ONNX decoders that others exported, by their own inputs: those of genai's builder and optimum.
 
 Past keys and values go in and come out as arrays, so the session can be taken back to any place.
 It is for checking, not for speed.
