@@ -171,7 +171,7 @@ def _load(path: Path, threads: int) -> tuple[Any, tuple[type[Exception], ...]]:
     # One class a status code, with no base of their own.
     found = (getattr(state, name) for name in dir(state))
     own = (e for e in found if isinstance(e, type) and issubclass(e, Exception))
-    errors = (*own, RuntimeError)
+    errors: tuple[type[Exception], ...] = (*own, RuntimeError)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3
