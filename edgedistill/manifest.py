@@ -91,7 +91,7 @@ class Manifest(Document):
     quality: Quality | None
     budget: list[BudgetCheck]
     bench: Bench | None
-    golden: list[GoldenVector] = []
+    golden: tuple[GoldenVector, ...] = ()
 
 
 def artifact_files(record: StepRecord) -> list[ManifestFile]:
@@ -139,7 +139,7 @@ def make_manifest(
         quality=_quality(report),
         budget=report.budget,
         bench=report.bench,
-        golden=report.verification.golden if report.verification else [],
+        golden=tuple(report.verification.golden) if report.verification else (),
     )
 
 

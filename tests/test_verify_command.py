@@ -1,4 +1,4 @@
-"""``edgedistill verify``: good artifacts pass, planted faults fail by name, damage is no traceback."""
+"""``edgedistill verify``: the good pass, planted faults fail by name, damage is no traceback."""
 
 from __future__ import annotations
 
@@ -77,13 +77,11 @@ def publish(student: Path, root: Path, format_name: str = "gguf") -> Path:
         files=listed,
         lineage=[],
         libraries={},
-        verification=Verification(
-            checks=[], against_weights=[], against_reference=[], settings={}
-        ),
+        verification=Verification(checks=[], against_weights=[], against_reference=[], settings={}),
         quality=None,
         budget=[],
         bench=None,
-        golden=golden,
+        golden=tuple(golden),
     )
     publish_artifact(files, manifest, root / "published")
     return root / "published"
@@ -164,7 +162,11 @@ def truncate(directory: Path) -> None:
 
 def outside(directory: Path) -> None:
     (directory.parent / "secret").write_text("x")
-    entry = {"path": "../secret", "size_bytes": 1, "sha256": sha256_file(directory.parent / "secret")}
+    entry = {
+        "path": "../secret",
+        "size_bytes": 1,
+        "sha256": sha256_file(directory.parent / "secret"),
+    }
     edit_manifest(directory, lambda m: m["files"].append(entry))
 
 
@@ -285,9 +287,10 @@ def test_a_mangled_manifest_is_an_input_error_or_a_manifest(published: Path, dat
     folder.mkdir(exist_ok=True)
     (folder / MANIFEST_FILE).write_bytes(text)
     try:
-        assert isinstance(read_manifest(folder), Manifest)
+        found: Manifest | InputError = read_manifest(folder)
     except InputError as error:
-        assert "manifest.json" in str(error)
+        found = error
+    assert isinstance(found, Manifest) or found.where == str(folder / MANIFEST_FILE)
 
 
 @pytest.mark.parametrize("arguments", [("nowhere",), ("nowhere", "--against", "x")])
@@ -297,7 +300,9 @@ def test_a_path_that_is_not_there_is_a_usage_error(arguments: tuple[str, ...], c
     assert ran.stderr.startswith("error: ")
 
 
-def test_a_file_without_a_manifest_asks_for_a_student(tiny: Tiny, tmp_path: Path, cache: Path) -> None:
+def test_a_file_without_a_manifest_asks_for_a_student(
+    tiny: Tiny, tmp_path: Path, cache: Path
+) -> None:
     ran = run(export(tiny("llama"), tmp_path / "a") / "model.gguf", cache=cache)
     assert ran.returncode == 2
     assert "hint: name the student that it should be: --against STUDENT" in ran.stderr
@@ -410,7 +415,7 @@ def test_a_structural_fault_of_a_foreign_file_is_named(
 
 @pytest.mark.slow
 def test_coarse_rounding_is_told_from_structure(tiny: Tiny, tmp_path: Path, cache: Path) -> None:
-    """llama.cpp's Q4_0 of random weights loses much; all of it is rounding, none of it structure."""
+    """llama.cpp's Q4_0 of random weights loses much; all of it is rounding."""
     plain = export(tiny("llama"), tmp_path / "plain") / "model.gguf"
     coarse = quantize_by_llama_cpp(plain, tmp_path / "coarse.gguf", 2)
     (item,) = verify(cache, coarse, against=tiny("llama")).artifacts

@@ -65,9 +65,7 @@ def test_vectors_are_what_transformers_generates(
 
 
 @pytest.mark.parametrize("format_name", ["gguf", "onnx"])
-def test_another_model_does_not_say_them(
-    tiny: Tiny, tmp_path: Path, format_name: str
-) -> None:
+def test_another_model_does_not_say_them(tiny: Tiny, tmp_path: Path, format_name: str) -> None:
     with open_exported(tiny("llama"), tmp_path / "a", format_name) as session:
         golden = make_golden(session, tiny("llama"))
     other = write_student(tmp_path / "other", "llama", seed=1)
@@ -129,7 +127,7 @@ def vector(steps: int, lead: float = 2.0) -> GoldenVector:
 
 
 def test_a_vector_ends_before_the_first_small_lead(tiny: Tiny) -> None:
-    small = {n: CLEAR_LEAD - 0.01 for n in range(0, 4096, 8)}
+    small = dict.fromkeys(range(0, 4096, 8), CLEAR_LEAD - 0.01)
     golden = make_golden(Scripted(small, 4096), tiny("llama"))
     assert golden
     for made in golden:
@@ -173,5 +171,3 @@ def test_a_replay_tells_tokens_from_leads() -> None:
 def test_a_damaged_vector_fails_and_does_not_crash(damaged: GoldenVector) -> None:
     tokens, leads = replay_golden(Scripted({}), [vector(4), damaged])
     assert (tokens.passed, tokens.value, leads.passed) == (False, 1.0, False)
-
-

@@ -53,9 +53,7 @@ def edit_json(path: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
 
 @pytest.mark.parametrize("family", FAMILY_CONFIGS)
 @pytest.mark.parametrize("format_name", FORMATS)
-def test_what_is_exported_passes(
-    tiny: Tiny, tmp_path: Path, family: str, format_name: str
-) -> None:
+def test_what_is_exported_passes(tiny: Tiny, tmp_path: Path, family: str, format_name: str) -> None:
     checks = lint(export(tiny(family), tmp_path / "a", format_name), format_name, tiny(family))
     assert failed(checks) == set(), checks
     names = {check.name.removeprefix("lint: ") for check in checks}
@@ -83,9 +81,7 @@ def test_what_is_exported_passes(
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize("format_name", FORMATS)
-def test_every_grid_is_recognized(
-    tiny: Tiny, tmp_path: Path, grid: Grid, format_name: str
-) -> None:
+def test_every_grid_is_recognized(tiny: Tiny, tmp_path: Path, grid: Grid, format_name: str) -> None:
     student = round_student(tiny("mistral"), tmp_path / "student", grid)
     checks = lint(export(student, tmp_path / "a", format_name), format_name, student)
     assert failed(checks) == set(), checks
@@ -123,14 +119,16 @@ CONFIG_FAULTS: dict[str, tuple[Callable[[dict[str, Any]], None], str, str]] = {
 
 @pytest.mark.parametrize("fault", CONFIG_FAULTS)
 @pytest.mark.parametrize("format_name", FORMATS)
-def test_a_wrong_config_is_named(
-    tiny: Tiny, tmp_path: Path, format_name: str, fault: str
-) -> None:
+def test_a_wrong_config_is_named(tiny: Tiny, tmp_path: Path, format_name: str, fault: str) -> None:
     edit, family, name = CONFIG_FAULTS[fault]
     faulty = shutil.copytree(tiny(family), tmp_path / "faulty")
     edit_json(faulty / "config.json", edit)
     artifact = export(faulty, tmp_path / "a", format_name)
-    assert failed(lint(artifact, format_name, tiny(family))) == {name}
+    found = failed(lint(artifact, format_name, tiny(family)))
+    # The bands of a llama3 scaling follow from the base.
+    allowed = {name, "RoPE scaling"} if family == "llama3" else {name}
+    assert name in found
+    assert found <= allowed
 
 
 @pytest.mark.parametrize("format_name", FORMATS)
@@ -199,9 +197,7 @@ def test_a_head_that_was_quantized_by_accident_is_named(
 
 
 @pytest.mark.parametrize("format_name", FORMATS)
-def test_a_head_of_its_own_is_not_a_tied_one(
-    tiny: Tiny, tmp_path: Path, format_name: str
-) -> None:
+def test_a_head_of_its_own_is_not_a_tied_one(tiny: Tiny, tmp_path: Path, format_name: str) -> None:
     student, untied = Student(tiny("llama")), tmp_path / "untied"
     untied.mkdir()
     config = student.config | {"tie_word_embeddings": False}

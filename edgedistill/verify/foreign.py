@@ -168,9 +168,7 @@ def _read_texts(
     return to_own, to_reference
 
 
-def _check_text(
-    session: Session, subject: Subject, artifact: Path, student: Path
-) -> list[Check]:
+def _check_text(session: Session, subject: Subject, artifact: Path, student: Path) -> list[Check]:
     """What the file makes of text; nothing where it comes without a tokenizer."""
     if subject.format != "gguf" and not (artifact / "tokenizer.json").is_file():
         return []

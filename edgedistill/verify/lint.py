@@ -277,9 +277,7 @@ def _same(words: str, expected: object, found: object) -> Check:
     return _check(words, expected == found, expected, found)
 
 
-def _check(
-    words: str, passed: bool, expected: object, found: object, more: str = ""
-) -> Check:
+def _check(words: str, passed: bool, expected: object, found: object, more: str = "") -> Check:
     shown = f"{found}" if found is not None else "not stated"
     detail = shown if passed and str(expected) == shown else f"{shown}, expected {expected}"
     return Check(

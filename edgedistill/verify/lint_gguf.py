@@ -129,8 +129,9 @@ def _whole(metadata: dict[str, Any], key: str) -> int | None:
 
 def _number(metadata: dict[str, Any], key: str) -> float | None:
     value = metadata.get(key)
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if number else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value)
 
 
 def _some(value: float | None) -> frozenset[float]:

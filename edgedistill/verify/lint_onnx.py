@@ -108,7 +108,7 @@ class _Graph:
             gathers = node.op_type == "GatherBlockQuantized"
             codes, scales = (node.input[i] for i in ((0, 2) if gathers else (1, 2)))
             tensor = self._initializers.get(scales)
-            kind = "missing" if tensor is None else tensor.data_type
+            kind = -1 if tensor is None else int(tensor.data_type)
             stored = describe(
                 int(_attribute(node, "bits") or 0),
                 int(_attribute(node, "block_size") or 0),

@@ -1,4 +1,4 @@
-"""ONNX decoders that others exported, run by their own inputs: those of genai's builder and optimum.
+"""ONNX decoders that others exported, by their own inputs: those of genai's builder and optimum.
 
 Past keys and values go in and come out as arrays, so the session can be taken back to any place.
 It is for checking, not for speed.
@@ -82,7 +82,6 @@ class ForeignOnnxSession(Session):
             raise UsageError(f"cannot rewind to {position}, the cache holds {self.position} tokens")
         self._past = {name: values[:, :, :position] for name, values in self._past.items()}
         self.position = position
-
 
     def close(self) -> None:
         """Free the model and its cache."""
@@ -172,14 +171,12 @@ def _load(path: Path, threads: int) -> tuple[Any, tuple[type[Exception], ...]]:
     # One class a status code, with no base of their own.
     found = (getattr(state, name) for name in dir(state))
     own = (e for e in found if isinstance(e, type) and issubclass(e, Exception))
-    errors = (*own, RuntimeError)
+    errors: tuple[type[Exception], ...] = (*own, RuntimeError)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3
     try:
-        model = onnxruntime.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"]
-        )
+        model = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except errors as error:
         raise InputError(f"ONNX Runtime does not load it: {error}", where=str(path)) from error
     return model, errors

@@ -75,9 +75,7 @@ def write_own_weights(path: Path, reference: Path, dst: Path) -> None:
     (dst / LOSS_FILE).write_text(loss.model_dump_json(indent=2), encoding="utf-8")
 
 
-def _read(
-    file: GgufFile, student: Student, name: str
-) -> tuple[str, npt.NDArray[np.float32]]:
+def _read(file: GgufFile, student: Student, name: str) -> tuple[str, npt.NDArray[np.float32]]:
     """(how it is stored, the tensor in the checkpoint's order of rows)."""
     shape, there = student.facts.tensor_shapes()[name], tensor_name(name)
     if there not in file.tensors:

@@ -104,8 +104,6 @@ def theta_and_divisors(frequencies: Doubles) -> tuple[float, Doubles]:
     return theta, plain / frequencies
 
 
-def _angle(
-    cos: npt.NDArray[np.floating], sin: npt.NDArray[np.floating], place: int
-) -> Doubles:
+def _angle(cos: npt.NDArray[np.floating], sin: npt.NDArray[np.floating], place: int) -> Doubles:
     angle: Doubles = np.arctan2(sin[place].astype(np.float64), cos[place].astype(np.float64))
     return angle

@@ -37,7 +37,7 @@ def _table(item: Rechecked) -> Table:
     table.add_column("value", justify="right", no_wrap=True)
     table.add_column("limit", justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
-    table.add_column("found", no_wrap=True, overflow="ellipsis", ratio=1)
+    table.add_column("found")
     group = None
     for check in item.verification.checks:
         if group not in (None, _group(check)):
@@ -55,7 +55,8 @@ def _row(check: Check) -> list[RenderableType]:
         words.number(check.value) if check.value is not None else "",
         words.check_limit(check),
         mark,
-        Text(shown, style="dim"),
+        # One line: the column gives way, the others do not.
+        Text(shown, style="dim", no_wrap=True, overflow="ellipsis"),
     ]
 
 
