@@ -60,9 +60,7 @@ def bench(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory)
     made = Bench(rewrite(base, root / "student", adapt), base, root / "judge", root / "base")
     for student, judge in ((made.student, made.judge), (made.base, made.base_judge)):
         judge.mkdir()
-        write_judge_logits(
-            student, TEXTS, judge, chat=Chat(), threads=1, context_tokens=CONTEXT
-        )
+        write_judge_logits(student, TEXTS, judge, chat=Chat(), threads=1, context_tokens=CONTEXT)
     return made
 
 
@@ -181,9 +179,7 @@ def test_a_quantized_artifact_is_judged_on_its_own_weights(
     quantized.mkdir()
     judge.mkdir()
     QuantizeRtn(bits=4, embeddings=GridChoice(bits=8)).run(bench.student, quantized)
-    write_judge_logits(
-        quantized, TEXTS, judge, chat=Chat(), threads=1, context_tokens=CONTEXT
-    )
+    write_judge_logits(quantized, TEXTS, judge, chat=Chat(), threads=1, context_tokens=CONTEXT)
     artifact = tmp_path / "artifact"
     artifact.mkdir()
     load_plugin("exporters", format_name)().export(

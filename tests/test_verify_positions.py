@@ -46,9 +46,7 @@ def judge(student: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def judged(student: Path, root: Path, context_tokens: int | None = CONTEXT) -> Path:
     root.mkdir(exist_ok=True)
-    write_judge_logits(
-        student, TEXTS, root, chat=Chat(), threads=1, context_tokens=context_tokens
-    )
+    write_judge_logits(student, TEXTS, root, chat=Chat(), threads=1, context_tokens=context_tokens)
     return root
 
 
@@ -122,9 +120,7 @@ def test_the_judges_rows_are_those_of_one_pass(student: Path, judge: Path) -> No
         np.testing.assert_allclose(kept.of(number), whole[list(stretch)], atol=1e-4)
 
 
-def test_the_long_prompt_is_the_texts_said_again_as_one_message(
-    student: Path, judge: Path
-) -> None:
+def test_the_long_prompt_is_the_texts_said_again_as_one_message(student: Path, judge: Path) -> None:
     from transformers import AutoTokenizer
 
     kept = long(judge)
@@ -144,9 +140,7 @@ def test_stretches_lie_apart_and_end_with_the_context(tokens: int) -> None:
     assert len(positions) <= 256
 
 
-def test_the_long_prompt_ends_where_the_model_does(
-    student: Path, tmp_path: Path
-) -> None:
+def test_the_long_prompt_ends_where_the_model_does(student: Path, tmp_path: Path) -> None:
     assert len(long(judged(student, tmp_path / "judge", 10_000)).ids) == CONTEXT
 
 
@@ -157,9 +151,7 @@ def test_without_a_length_there_is_no_long_prompt(student: Path, tmp_path: Path)
 def verified(artifact_of: Path, student: Path, judge: Path, root: Path, name: str) -> set[str]:
     """The checks that an artifact of one student fails against another student."""
     root.mkdir()
-    load_plugin("exporters", name)().export(
-        Student(artifact_of), root, context_tokens=CONTEXT
-    )
+    load_plugin("exporters", name)().export(Student(artifact_of), root, context_tokens=CONTEXT)
     found = verify_artifact(
         root,
         name,
