@@ -64,7 +64,7 @@ PLAIN = (
     Conversation("two users", (*user("First."), *user("Second."))),
     Conversation("two assistants", (*user("Hi.", "Yes?"), said("assistant", "Still here."))),
     Conversation("unknown role", (said("narrator", "It rained."), *user("Hi."))),
-    Conversation("empty message", user("")),
+    Conversation("empty message", system("Answer anyway.", "")),
     Conversation("empty answer", user("Say nothing.", "", "Thanks.")),
     Conversation("blanks alone", user("   ")),
     Conversation("line breaks alone", user("\n\n")),
