@@ -157,8 +157,8 @@ class DirectoryText(TextProgram):
 class ShippedText(DirectoryText):
     """The tokenizer files beside weights, ``tokenizer.json`` taken as it stands.
 
-    An app on a device has no ``transformers``, which would mend a special token that the file lost by
-    what ``tokenizer_config.json`` says of it.
+    An app on a device has no ``transformers``, which would mend a special token that the
+    file lost by what ``tokenizer_config.json`` says of it.
     """
 
     def ids(self, text: str) -> list[int]:
