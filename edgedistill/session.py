@@ -11,7 +11,7 @@ from typing import ClassVar, NamedTuple, Self
 import numpy as np
 import numpy.typing as npt
 
-from edgedistill.text_program import DirectoryText, TextProgram
+from edgedistill.text_program import ShippedText, TextProgram
 
 Logits = npt.NDArray[np.float32]
 
@@ -85,7 +85,7 @@ class Session(ABC):
         Raises:
             InputError: the artifact's tokenizer is missing or damaged.
         """
-        return DirectoryText(artifact)
+        return ShippedText(artifact)
 
     @abstractmethod
     def close(self) -> None:

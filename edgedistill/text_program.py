@@ -152,3 +152,21 @@ class DirectoryText(TextProgram):
     def _stated(self, file: str) -> Any:
         path = self._directory / file
         return read_json(path).get("eos_token_id") if path.is_file() else None
+
+
+class ShippedText(DirectoryText):
+    """The tokenizer files beside weights, ``tokenizer.json`` taken as it stands.
+
+    An app on a device has no ``transformers``, which would mend a special token that the
+    file lost by what ``tokenizer_config.json`` says of it.
+    """
+
+    def ids(self, text: str) -> list[int]:
+        """See :class:`TextProgram`."""
+        return list(self._file.encode(text, add_special_tokens=False).ids)
+
+    @cached_property
+    def _file(self) -> Any:
+        from tokenizers import Tokenizer
+
+        return Tokenizer.from_file(str(self._directory / "tokenizer.json"))

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -93,7 +93,7 @@ class StudentTensors(Tensors):
 class GgufTensors(Tensors):
     """Through ``gguf.GGUFReader`` on a writable map; scales of Q8_0, Q4_0 and Q4_1 blocks."""
 
-    _BLOCK_BYTES = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20}
+    _BLOCK_BYTES: ClassVar = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20}
 
     def __init__(self, artifact: Path, facts: DecoderFacts) -> None:
         import gguf
@@ -150,7 +150,7 @@ class OnnxTensors(Tensors):
 class CoreMlTensors(Tensors):
     """Constants of the program, in ``weight.bin``."""
 
-    _DTYPES = {10: "<f2", 21: "i1", 31: "u1"}  # MIL.proto's DataType
+    _DTYPES: ClassVar = {10: "<f2", 21: "i1", 31: "u1"}  # MIL.proto's DataType
 
     def __init__(self, artifact: Path, facts: DecoderFacts) -> None:
         super().__init__(facts)

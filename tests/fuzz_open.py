@@ -124,7 +124,8 @@ def _damage_message(message: Any, source: random.Random) -> None:
     elif hasattr(value, "ListFields"):
         parent.ClearField(field)
     else:
-        setattr(parent, field, _junk(value, source))
+        with suppress(ValueError):  # an enumerator that protobuf does not let in
+            setattr(parent, field, _junk(value, source))
 
 
 def _places(message: Any) -> Iterator[tuple[Any, str, Any]]:

@@ -183,7 +183,7 @@ def distance_after_cache(student: Path, *, lost: int, shift: int) -> float:
         with torch.inference_mode():
             model(ids[:, :held], past_key_values=cache_)
             if lost:
-                cache_.crop(held - lost)
+                cache_.crop(-lost)
             positions = torch.arange(held, ids.shape[1])[None] + shift
             logits = model(rest, past_key_values=cache_, position_ids=positions).logits[0]
         found = torch.log_softmax(logits.double(), -1)
