@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hashlib import sha256
+from collections.abc import Sequence
 from pathlib import Path
 
 from edgedistill.chat import Chat
@@ -13,7 +14,7 @@ from edgedistill.results import GoldenVector
 CONTEXT = 256
 
 
-def write_manifest(artifact: Path, format_name: str, golden: list[GoldenVector]) -> None:
+def write_manifest(artifact: Path, format_name: str, golden: Sequence[GoldenVector]) -> None:
     """The manifest of what lies there now."""
     (artifact / MANIFEST_FILE).unlink(missing_ok=True)
     files = [
@@ -48,6 +49,6 @@ def write_manifest(artifact: Path, format_name: str, golden: list[GoldenVector])
         quality=None,
         budget=[],
         bench=None,
-        golden=golden,
+        golden=tuple(golden),
     )
     (artifact / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=2))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,7 +105,7 @@ def judged(student: Path, dst: Path) -> Judged:
 
 
 def make_good(
-    root: Path, family: str, rungs: dict[str, Sequence[Stage]], seed: int = 0, **changes: Any
+    root: Path, family: str, rungs: Mapping[str, Sequence[Stage]], seed: int = 0, **changes: Any
 ) -> dict[str, Good]:
     """Rung -> what its artifacts are held against; the base and the reference are shared."""
     base = judged(peaked_student(root / "base", family, seed, **changes), root / "judge-base")
@@ -151,7 +151,8 @@ def _uneven(values: npt.NDArray[np.float32], rng: np.random.Generator) -> npt.ND
     factors = np.exp(rng.normal(0, 0.5, (rows, -(-columns // BLOCK))))
     uneven = values * np.repeat(factors, BLOCK, axis=1)[:, :columns]
     scale = np.sqrt(np.square(values).mean() / np.square(uneven).mean())
-    return (uneven * scale).astype(np.float32)
+    rescaled: npt.NDArray[np.float32] = (uneven * scale).astype(np.float32)
+    return rescaled
 
 
 def _edit_tokenizer(student: Path, family: str) -> None:
