@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from edgedistill.cache import StepRecord
 from edgedistill.errors import EdgedistillError, ExitCode
+from edgedistill.evaluate.waivers import apply_waivers, read_waivers, utc_today
 from edgedistill.manifest import artifact_files
 from edgedistill.pipeline import Pipeline, Step
 from edgedistill.plan import ArtifactSteps, BuildSteps
@@ -24,10 +25,12 @@ from edgedistill.results import (
 from edgedistill.tasks import (
     BENCH_FILE,
     EVALUATION_FILE,
+    TRAFFIC_FILE,
     VERIFICATION_FILE,
     WEIGHTS_FILE,
     Weights,
 )
+from edgedistill.traffic_results import TrafficFindings
 from edgedistill.verdict import (
     Ruling,
     check_budget,
@@ -85,6 +88,7 @@ class _Gatherer:
         pipeline: Pipeline,
         rulings: dict[tuple[str, str, str], Ruling],
     ) -> None:
+        self._waivers = read_waivers(recipe.waivers)
         self._recipe = recipe
         self._steps = steps
         self._pipeline = pipeline
@@ -108,6 +112,7 @@ class _Gatherer:
             verification=_read(self._pipeline, steps.verify, VERIFICATION_FILE, Verification),
             evaluation=self._evaluation(steps),
             bench=bench,
+            traffic=_read(self._pipeline, steps.traffic, TRAFFIC_FILE, TrafficFindings),
             budget=[],
             shippable=False,
             why_not=None,
@@ -115,12 +120,23 @@ class _Gatherer:
         return BuiltArtifact(steps, out / "artifact", record, self._ruled(steps, report))
 
     def _evaluation(self, steps: ArtifactSteps) -> Evaluation | None:
-        own = _read(self._pipeline, steps.compare, EVALUATION_FILE, Evaluation)
+        own = self._waived(steps, _read(self._pipeline, steps.compare, EVALUATION_FILE, Evaluation))
         if steps.judges:
             return own
         judges = (a for a in self._steps.artifacts if a.rung == steps.rung and a.judges)
-        judge = next((a.compare for a in judges), None)
-        return combine_quality(own, _read(self._pipeline, judge, EVALUATION_FILE, Evaluation))
+        judge = next(judges, None)
+        if judge is None:
+            return own
+        found = _read(self._pipeline, judge.compare, EVALUATION_FILE, Evaluation)
+        return combine_quality(own, self._waived(judge, found))
+
+    def _waived(self, steps: ArtifactSteps, found: Evaluation | None) -> Evaluation | None:
+        """With the losses that somebody consented to; they expire, so the cache knows none."""
+        if found is None:
+            return None
+        recipe = self._recipe
+        meant = [w for w in self._waivers if w.is_for(recipe.name, steps.rung, steps.format)]
+        return apply_waivers(found, meant, floor=recipe.floor, today=utc_today())
 
     def _ruled(self, steps: ArtifactSteps, report: ArtifactReport) -> ArtifactReport:
         """The report with budget and verdict: shippable when it ships for any target."""

@@ -14,13 +14,15 @@ from edgedistill.assemble import Assembled, assemble
 from edgedistill.cache import Cache
 from edgedistill.decoder import DecoderFacts
 from edgedistill.disk import disk_error
+from edgedistill.kept_scores import keep_scores
+from edgedistill.lowered import lowered_clauses, read_manifests
 from edgedistill.manifest import make_manifest
 from edgedistill.pipeline import Pipeline, Say, say
 from edgedistill.plan import BuildSteps, plan_build
 from edgedistill.publish import NEW, exports_lock, publish_artifact, replace_files
 from edgedistill.recipe import Recipe
 from edgedistill.recipe_load import load_recipe
-from edgedistill.results import BuildReport, StepReport
+from edgedistill.results import BuildReport, LoweredClause, StepReport
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,9 @@ def build(options: Options, tell: Say = say) -> tuple[BuildReport, Path]:
     step_reports = pipeline.run(prepared.steps.ordered())
     _warn_of_memory(prepared.recipe, step_reports, tell)
     assembled = assemble(prepared.recipe, prepared.steps, pipeline)
+    lowered = find_lowered(prepared.recipe, options.exports)
+    for clause in lowered:
+        tell(f"warning: the floor was lowered since an earlier release: {clause}")
     limit_gb = prepared.recipe.build.peak_ram_gb
     report = BuildReport(
         recipe=prepared.recipe.name,
@@ -95,8 +100,16 @@ def build(options: Options, tell: Say = say) -> tuple[BuildReport, Path]:
         peak_ram_limit_bytes=int(limit_gb * 1e9) if limit_gb else None,
         machine=_machine(),
         exit_code=assembled.exit_code,
+        floor_lowered=lowered,
     )
-    return report, _publish(prepared.recipe, assembled, report, options.exports)
+    page = _publish(prepared.recipe, assembled, report, options.exports)
+    keep_scores(prepared.steps, pipeline, options.exports / prepared.recipe.name)
+    return report, page
+
+
+def find_lowered(recipe: Recipe, exports: Path) -> list[LoweredClause]:
+    """What the artifacts among the exports were held to more strictly than the recipe says now."""
+    return lowered_clauses(read_manifests(exports / recipe.name), recipe.floor, recipe.slices)
 
 
 def student_name(source: str) -> str:
@@ -116,6 +129,7 @@ def _publish(recipe: Recipe, assembled: Assembled, report: BuildReport, exports:
                 artifact.report,
                 artifact.steps.export,
                 artifact.record,
+                lowered=report.floor_lowered,
             )
             publish_artifact(artifact.files, manifest, exports / artifact.report.path)
         aside = directory / f"{NEW}report"

@@ -30,6 +30,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+suite_app = typer.Typer(help="Make evaluation suites.", no_args_is_help=True)
+app.add_typer(suite_app, name="suite")
+
 RecipePath = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", metavar="RECIPE")]
 StudentOption = Annotated[
     str | None, typer.Option("--student", help="Start from this student instead.", metavar="DIR")
@@ -145,6 +148,42 @@ def dequantize(
 
 
 @app.command()
+def approve(
+    artifact: Annotated[
+        Path, typer.Argument(help="exports/RECIPE/RUNG/FORMAT", metavar="ARTIFACT")
+    ],
+    slice_name: Annotated[str, typer.Option("--slice", help="Where it failed.", metavar="SLICE")],
+    because: Annotated[str, typer.Option(help="Why the loss is acceptable.", metavar="REASON")],
+    by: Annotated[str, typer.Option(help="Who consents.", metavar="NAME")],
+    until: Annotated[str, typer.Option(help="The last day, such as 2026-01-31.", metavar="DATE")],
+    recipe: Annotated[
+        Path | None,
+        typer.Option("--recipe", help="Default: recipes/RECIPE.yaml.", metavar="RECIPE"),
+    ] = None,
+) -> None:
+    """Consent to what an artifact lost on a slice, for a time, in a file beside the recipe."""
+
+    def run() -> int:
+        from edgedistill.evaluate.approve import approve as record
+        from edgedistill.evaluate.waivers import describe_waiver, utc_today
+
+        waiver, path = record(
+            artifact,
+            slice_name=slice_name,
+            because=because,
+            by=by,
+            until=until,
+            recipe=recipe,
+            today=utc_today(),
+        )
+        typer.echo(describe_waiver(waiver), nl=False)
+        typer.echo(f"added to {path}; commit it, and build again", err=True)
+        return ExitCode.OK
+
+    _run(run)
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON Schema of recipes, for editors."""
 
@@ -182,6 +221,79 @@ def verify(
 
         verifier = Verifier((cache or default_cache()).absolute(), threads)
         return show(verifier.recheck(paths, against), page, as_json=as_json)
+
+    _run(run)
+
+
+@app.command()
+def evaluate(
+    artifact: Annotated[
+        Path, typer.Argument(help="A GGUF, ONNX or Core ML model.", metavar="ARTIFACT")
+    ],
+    suite: Annotated[
+        list[Path], typer.Option("--suite", help="Cases, JSON lines; may be repeated.")
+    ],
+    reference: Annotated[
+        str, typer.Option("--reference", help="The student to compare with.", metavar="DIR")
+    ],
+    floor: Annotated[
+        str | None,
+        typer.Option("--floor", help="A recipe, or a floor as JSON.", metavar="RECIPE|JSON"),
+    ] = None,
+    sample: Annotated[
+        int | None, typer.Option("--sample", help="Score so many cases.", metavar="N")
+    ] = None,
+    context_tokens: Annotated[
+        int | None, typer.Option("--context-tokens", help="Room for a case.", metavar="N")
+    ] = None,
+    threads: Annotated[int, typer.Option("--threads", min=1, max=256)] = 2,
+    cache: CacheOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare a model file, whoever made it, with its reference on a suite."""
+
+    def run() -> int:
+        from edgedistill.evaluate.command import Request, evaluate_artifact
+
+        root = (cache or default_cache()).absolute()
+        request = Request(
+            artifact, tuple(suite), reference, root, floor, sample, context_tokens, threads
+        )
+        outcome = evaluate_artifact(request)
+        if outcome.evaluation is not None and as_json:
+            typer.echo(outcome.evaluation.model_dump_json(indent=2))
+        elif outcome.evaluation is not None:
+            from rich.console import Console
+
+            from edgedistill.evaluate.table import render_evaluation
+
+            width = None if sys.stdout.isatty() else 120  # a file has no width of its own
+            Console(width=width).print(render_evaluation(outcome.evaluation, str(artifact)))
+        return outcome.code
+
+    _run(run)
+
+
+@suite_app.command("from-logs")
+def suite_from_logs(
+    logs: Annotated[Path, typer.Argument(help="JSON lines, a request each.", metavar="LOGS")],
+    out: Annotated[Path, typer.Option("--out", help="A new file.", metavar="DRAFT")],
+    cases: Annotated[int, typer.Option("--cases", min=1, help="At most so many.")] = 500,
+    seed: Annotated[int, typer.Option("--seed", help="Of the sample.")] = 0,
+    redact: Annotated[bool, typer.Option("--redact", help="Replace personal data.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Draft a stratified suite from production logs, for a person to complete."""
+
+    def run() -> int:
+        from edgedistill.evaluate.draft import describe, draft_suite
+
+        summary = draft_suite(logs, out, cases=cases, seed=seed, redact=redact)
+        if as_json:
+            typer.echo(summary.model_dump_json(indent=2))
+        else:
+            typer.echo("\n".join(describe(summary)), err=True)
+        return ExitCode.OK
 
     _run(run)
 

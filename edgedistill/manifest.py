@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
+
+from pydantic import Field
 
 import edgedistill
 from edgedistill.cache import StepRecord
 from edgedistill.chat import Chat
+from edgedistill.choice_results import Router
+from edgedistill.floor import Floor, SliceSpec
 from edgedistill.pipeline import Step
 from edgedistill.recipe import Recipe
 from edgedistill.results import (
@@ -14,8 +19,10 @@ from edgedistill.results import (
     Bench,
     BudgetCheck,
     Document,
+    FieldQuality,
     FloorCheck,
     GoldenVector,
+    LoweredClause,
     SliceQuality,
     Verdict,
     Verification,
@@ -59,6 +66,8 @@ class Quality(Document):
     cases_in_suite: int
     slices: list[SliceQuality]
     floor: list[FloorCheck]
+    fields: tuple[FieldQuality, ...] = ()
+    stopped_early: bool = False
 
 
 class Manifest(Document):
@@ -66,6 +75,9 @@ class Manifest(Document):
 
     Attributes:
         golden: what the artifact says, so that a device can prove that it runs this one.
+        router: the confidence from which the app may trust the artifact.
+        floor: that it was held to, on all cases; ``slices`` the capability spec.
+        floor_lowered: clauses that earlier releases were held to more strictly.
     """
 
     schema_version: Literal[1] = 1
@@ -92,6 +104,10 @@ class Manifest(Document):
     budget: list[BudgetCheck]
     bench: Bench | None
     golden: tuple[GoldenVector, ...] = ()
+    router: Router | None = None
+    floor: Floor | None = None
+    slices: dict[str, SliceSpec] = Field(default={})
+    floor_lowered: list[LoweredClause] = Field(default=[])
 
 
 def artifact_files(record: StepRecord) -> list[ManifestFile]:
@@ -105,7 +121,13 @@ def artifact_files(record: StepRecord) -> list[ManifestFile]:
 
 
 def make_manifest(
-    recipe: Recipe, student: str, report: ArtifactReport, export: Step, record: StepRecord
+    recipe: Recipe,
+    student: str,
+    report: ArtifactReport,
+    export: Step,
+    record: StepRecord,
+    *,
+    lowered: Sequence[LoweredClause] = (),
 ) -> Manifest:
     """The manifest of an artifact.
 
@@ -114,6 +136,7 @@ def make_manifest(
         student: its name as people know it.
         report: its figures and verdict.
         export: the step that wrote it, with its lineage; ``record`` is what it left.
+        lowered: clauses that earlier releases were held to more strictly.
     """
     lineage = export.lineage()
     return Manifest(
@@ -140,6 +163,10 @@ def make_manifest(
         budget=report.budget,
         bench=report.bench,
         golden=tuple(report.verification.golden) if report.verification else (),
+        router=report.evaluation.router if report.evaluation else None,
+        floor=recipe.floor,
+        slices=recipe.slices,
+        floor_lowered=list(lowered),
     )
 
 
@@ -151,7 +178,8 @@ def _without_golden(verification: Verification | None) -> Verification | None:
 def _quality(report: ArtifactReport) -> Quality | None:
     if report.evaluation is None:
         return None
-    return Quality.model_validate(report.evaluation.model_dump(exclude={"flips", "seconds"}))
+    single = {"flips", "seconds", "reliability", "classes", "router", "against"}
+    return Quality.model_validate(report.evaluation.model_dump(exclude=single))
 
 
 def _lineage_step(step: Step) -> LineageStep:

@@ -5,23 +5,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from edgedistill.beside import Beside
 from edgedistill.content import ContentHashes
 from edgedistill.errors import UsageError
+from edgedistill.evaluate.waivers import in_force, read_waivers, utc_today
 from edgedistill.pipeline import Step, unique
 from edgedistill.plugins import did_you_mean, load_plugin
 from edgedistill.recipe import Recipe, StageStep
 from edgedistill.recipe_check import REFERENCE_STAGES
+from edgedistill.release import find_released
 from edgedistill.task import Task
 from edgedistill.tasks import (
     BenchArtifact,
     Compare,
     Export,
     JudgeLogits,
+    ReadTraffic,
     RunStage,
     Score,
     ScoreReference,
+    ScoreUntilDecided,
     TakeIn,
+    Traffic,
     Verify,
 )
 
@@ -39,6 +46,7 @@ class ArtifactSteps:
         student: the step that makes the rung's weights.
         score, compare: None without a suite.
         bench: None where the runtime's speed says nothing about a device.
+        traffic: None without a traffic file, and where another format of the rung judges.
     """
 
     rung: str
@@ -52,6 +60,7 @@ class ArtifactSteps:
     score: Step | None
     compare: Step | None
     bench: Step | None
+    traffic: Step | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +81,7 @@ class BuildSteps:
         artifacts = self.artifacts
         steps = [self.reference, *(a.export for a in artifacts), *(a.verify for a in artifacts)]
         steps += [s for s in (self.reference_quality, *(a.compare for a in artifacts)) if s]
+        steps += [a.traffic for a in artifacts if a.traffic]
         steps += [a.bench for a in artifacts if a.bench]
         return unique(s for step in steps for s in step.lineage())
 
@@ -123,6 +133,7 @@ class _Planner:
         self._rebench = rebench
         self._hashes = ContentHashes()
         self._threads = recipe.build.threads
+        self._waived = in_force(read_waivers(recipe.waivers), recipe.name, utc_today())
         self._taken_in = self._step("take in the student", TakeIn(source=student))
         first = next(
             (i for i, s in enumerate(recipe.stages) if s.name not in REFERENCE_STAGES),
@@ -131,6 +142,7 @@ class _Planner:
         self._reference = self._stages("", recipe.stages[:first], self._taken_in)
         self._shared = self._stages("", recipe.stages[first:], self._reference)
         self._reference_scores = self._score_reference() if recipe.suite else None
+        self._reference_traffic = self._read_traffic(recipe.traffic) if recipe.traffic else None
 
     def plan(self) -> BuildSteps:
         artifacts = [
@@ -160,18 +172,11 @@ class _Planner:
         )
         score = compare = None
         if self._reference_scores:
-            task = Score(
-                runtime=runtime,
-                suite=recipe.suite,
-                sample=sample,
-                chat=recipe.chat,
-                context_tokens=context,
-                threads=self._threads,
-            )
-            # The reference's tokenizer and template ask every rung the same questions.
-            score = self._step(f"{label}: score", task, artifact=export, student=self._reference)
             scores = self._reference_scores
-            compare = self._compare(label, runtime, scores, score, judged=True)
+            score = self._score(label, runtime, sample, export, scores)
+            compare = self._compare(
+                label, runtime, scores, score, judged=True, beside=self._beside(rung, name)
+            )
         return ArtifactSteps(
             rung=rung,
             format=name,
@@ -184,6 +189,7 @@ class _Planner:
             score=score,
             compare=compare,
             bench=None if limited else self._bench(label, runtime, student, export),
+            traffic=self._traffic(label, runtime, export) if judges else None,
         )
 
     def _verify(self, label: str, name: str, runtime: str, student: Step, export: Step) -> Step:
@@ -224,8 +230,52 @@ class _Planner:
         )
         return self._step("reference: score", task, student=self._reference)
 
+    def _beside(self, rung: str, format_name: str) -> Beside:
+        recipe = self._recipe
+        beside: dict[str, Any] = {"teacher": recipe.teacher}
+        if recipe.router is not None:
+            beside["router_accuracy"] = recipe.router.target_accuracy
+        released = find_released(recipe.previous, rung, format_name) if recipe.previous else None
+        if released is not None:
+            beside |= {"previous": released.scores, "previous_name": released.name}
+        return Beside(**beside)
+
+    def _score(
+        self, label: str, runtime: str, sample: int | None, export: Step, reference: Step
+    ) -> Step:
+        recipe = self._recipe
+        common: dict[str, Any] = {
+            "runtime": runtime,
+            "suite": recipe.suite,
+            "chat": recipe.chat,
+            "context_tokens": recipe.context_tokens,
+            "threads": self._threads,
+        }
+        # The reference's tokenizer and template ask every rung the same questions.
+        inputs = {"artifact": export, "student": self._reference}
+        if sample is None and self._stops_early(label):
+            inputs["reference_scores"] = reference
+            early = ScoreUntilDecided(**common, floor=recipe.floor, slices=recipe.slices)
+            return self._step(f"{label}: score", early, **inputs)
+        return self._step(f"{label}: score", Score(**common, sample=sample), **inputs)
+
+    def _stops_early(self, label: str) -> bool:
+        """Whether a verdict can end the sampling; where a failure is waived all cases count."""
+        recipe = self._recipe
+        if not recipe.evaluate.stop_early or not (recipe.floor or recipe.slices):
+            return False
+        rung, _, format_name = label.partition("/")
+        return (rung, format_name) not in self._waived
+
     def _compare(
-        self, label: str, runtime: str, reference: Step, scores: Step, *, judged: bool
+        self,
+        label: str,
+        runtime: str,
+        reference: Step,
+        scores: Step,
+        *,
+        judged: bool,
+        beside: Beside | None = None,
     ) -> Step:
         recipe = self._recipe
         task = Compare(
@@ -233,9 +283,32 @@ class _Planner:
             suite=recipe.suite,
             floor=recipe.floor if judged else None,
             slices=recipe.slices if judged else {},
+            beside=beside or Beside(),
         )
         inputs = {"reference_scores": reference, "artifact_scores": scores}
         return self._step(f"{label}: judge", task, **inputs)
+
+    def _read_traffic(self, traffic: Path) -> Step:
+        task = ReadTraffic(
+            traffic=traffic,
+            sample=self._recipe.evaluate.traffic_sample,
+            chat=self._recipe.chat,
+            context_tokens=self._recipe.context_tokens,
+            threads=self._threads,
+        )
+        return self._step("reference: traffic", task, student=self._reference)
+
+    def _traffic(self, label: str, runtime: str, export: Step) -> Step | None:
+        if self._reference_traffic is None:
+            return None
+        task = Traffic(
+            runtime=runtime,
+            suite=self._recipe.suite,
+            context_tokens=self._recipe.context_tokens,
+            threads=self._threads,
+        )
+        inputs = {"student": self._reference, "reference_traffic": self._reference_traffic}
+        return self._step(f"{label}: traffic", task, artifact=export, **inputs)
 
     def _bench(self, label: str, runtime: str, student: Step, export: Step) -> Step:
         task = BenchArtifact(

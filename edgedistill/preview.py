@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from edgedistill.build import Options, Prepared, prepare
+from pydantic import Field
+
+from edgedistill.build import Options, Prepared, find_lowered, prepare
 from edgedistill.cache import Cache, StepRecord
 from edgedistill.errors import InputError
 from edgedistill.estimate import (
@@ -15,10 +17,28 @@ from edgedistill.estimate import (
     scoring_seconds,
     tensor_peak_bytes,
 )
+from edgedistill.evaluate.capabilities import SIGNIFICANCE
+from edgedistill.evaluate.power import (
+    PlannedClause,
+    Spread,
+    describe_clauses,
+    measured_spreads,
+    plan_clauses,
+    reference_spreads,
+)
+from edgedistill.evaluate.sequential import FINAL_LEVEL
+from edgedistill.evaluate.suite import load_suite
 from edgedistill.pipeline import Step
 from edgedistill.recipe import Recipe
-from edgedistill.results import Document
-from edgedistill.tasks import JudgeLogits, Score, ScoreReference
+from edgedistill.results import Document, Evaluation, LoweredClause
+from edgedistill.tasks import (
+    EVALUATION_FILE,
+    JudgeLogits,
+    ReadTraffic,
+    Score,
+    ScoreReference,
+    ScoreUntilDecided,
+)
 
 
 class PlannedStep(Document):
@@ -45,7 +65,13 @@ class PlannedArtifact(Document):
 
 
 class PlanReport(Document):
-    """What ``edgedistill plan`` prints."""
+    """What ``edgedistill plan`` prints.
+
+    Attributes:
+        clauses: of the floor and the capability spec, and whether the suite can decide them.
+        spread_from: what the widths of the intervals were taken from.
+        floor_lowered: clauses that earlier releases among the exports were held to.
+    """
 
     recipe: str
     parameters: int
@@ -56,6 +82,9 @@ class PlanReport(Document):
     scoring_seconds: float
     peak_rss_bytes: int
     peak_ram_gb_allowed: float | None
+    clauses: list[PlannedClause] = Field(default=[])
+    spread_from: str = ""
+    floor_lowered: list[LoweredClause] = Field(default=[])
 
     @property
     def to_run(self) -> int:
@@ -73,6 +102,7 @@ def preview(options: Options) -> PlanReport:
     cache = Cache(options.cache)
     recipe, facts = prepared.recipe, prepared.facts
     cases = count_cases(recipe.suite)
+    clauses, spread_from = _power(prepared, cache)
     artifacts = [
         PlannedArtifact(
             rung=a.rung,
@@ -98,6 +128,9 @@ def preview(options: Options) -> PlanReport:
         scoring_seconds=sum(a.seconds for a in artifacts) + scoring_seconds(facts, cases, None),
         peak_rss_bytes=max(step.peak_rss_bytes for step in steps),
         peak_ram_gb_allowed=recipe.build.peak_ram_gb,
+        clauses=clauses,
+        spread_from=spread_from,
+        floor_lowered=find_lowered(recipe, options.exports),
     )
 
 
@@ -122,10 +155,54 @@ def describe(plan: PlanReport) -> Iterator[str]:
     yield f"artifacts: ~{total_mb:.0f} MB, and as much again in the cache"
     if plan.cases_in_suite:
         yield f"evaluation from an empty cache: ~{plan.scoring_seconds / 60:.0f} min"
+    yield from describe_clauses(plan.clauses, plan.spread_from)
+    for clause in plan.floor_lowered:
+        yield f"warning: the floor was lowered since an earlier release: {clause}"
     peak_gb = plan.peak_rss_bytes / 1e9
     yield f"peak memory: ~{peak_gb:.1f} GB"
     if plan.peak_ram_gb_allowed is not None and peak_gb > plan.peak_ram_gb_allowed:
         yield f"warning: the recipe allows {plan.peak_ram_gb_allowed:g} GB"
+
+
+def _power(prepared: Prepared, cache: Cache) -> tuple[list[PlannedClause], str]:
+    """What the suite can decide, and what that is based on."""
+    recipe = prepared.recipe
+    if not recipe.suite:
+        return [], ""
+    expect = recipe.evaluate.expect
+    assumed = Spread(expect.flips, expect.log_score_sd, expect.reference_score)
+    cases = load_suite(recipe.suite)
+    reference = _evaluation(prepared.steps.reference_quality, cache)
+    spreads = reference_spreads(assumed, reference.slices if reference else [])
+    basis = f"if {expect.flips:.1%} of the answers flip"
+    if not spreads:
+        basis += f" and the reference is right in {expect.reference_score:.0%}"
+    steadiest = _steadiest(prepared, cache)
+    if steadiest is not None:
+        name, evaluation = steadiest
+        spreads = measured_spreads(evaluation, cases)
+        basis = f"if answers flip as they did in {name}"
+    level = FINAL_LEVEL if recipe.evaluate.stop_early else SIGNIFICANCE
+    planned = plan_clauses(cases, recipe.floor, recipe.slices, spreads, assumed, level=level)
+    return planned, basis
+
+
+def _steadiest(prepared: Prepared, cache: Cache) -> tuple[str, Evaluation] | None:
+    """The artifact that changes the fewest answers, of those that ran the whole suite before."""
+    found = {}
+    for artifact in prepared.steps.artifacts:
+        evaluation = _evaluation(artifact.compare, cache)
+        if evaluation is not None and evaluation.cases == evaluation.cases_in_suite:
+            flips = evaluation.overall.broken_cases + evaluation.overall.fixed_cases
+            found[flips] = f"{artifact.rung}/{artifact.format}", evaluation
+    return found[min(found)] if found else None
+
+
+def _evaluation(compare: Step | None, cache: Cache) -> Evaluation | None:
+    """What a comparison found; None where there is none yet."""
+    if compare is None or cache.find(compare.key) is None:
+        return None
+    return Evaluation.model_validate_json((cache.out(compare.key) / EVALUATION_FILE).read_bytes())
 
 
 def count_cases(suite: tuple[Path, ...]) -> int:
@@ -159,9 +236,9 @@ class _Estimate:
         seconds = None
         if isinstance(step.task, ScoreReference):
             seconds = scoring_seconds(self._facts, self._cases, None)
-        elif artifact and isinstance(step.task, Score):
+        elif artifact and isinstance(step.task, Score | ScoreUntilDecided):
             seconds = artifact.seconds
-        if isinstance(step.task, ScoreReference | JudgeLogits):
+        if isinstance(step.task, ScoreReference | JudgeLogits | ReadTraffic):
             return seconds, judge_peak_bytes(self._facts)
         if artifact and "artifact" in step.inputs:
             return seconds, runtime_peak_bytes(artifact.weight_bytes)

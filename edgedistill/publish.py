@@ -51,7 +51,7 @@ def publish_artifact(files: Path, manifest: Manifest, dst: Path) -> bool:
     if _holds(dst, manifest, text, readme):
         return False
     try:
-        with _aside(dst) as new:
+        with replaced(dst) as new:
             for file in manifest.files:
                 (new / file.path).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(files / file.path, new / file.path)
@@ -72,7 +72,7 @@ def _holds(dst: Path, manifest: Manifest, text: str, readme: str) -> bool:
 
 
 @contextmanager
-def _aside(dst: Path) -> Iterator[Path]:
+def replaced(dst: Path) -> Iterator[Path]:
     """A new directory that takes the place of ``dst`` when the block ends well."""
     new, old = dst.with_name(f"{NEW}{dst.name}"), dst.with_name(f"{OLD}{dst.name}")
     shutil.rmtree(new, ignore_errors=True)

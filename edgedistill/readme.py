@@ -66,6 +66,7 @@ def readme_of(manifest: Manifest) -> str:
         "",
         "Ships." if m.shippable else f"**Do not ship**: {m.why_not}.",
         *_quality(m),
+        *_router(m),
         "",
         *_run(m),
         f"`{MANIFEST_FILE}` holds the sha256 of every file, the lineage, all measurements and the "
@@ -84,6 +85,20 @@ def _quality(manifest: Manifest) -> list[str]:
         "",
         f"Quality: {overall.score:.1%} right on {quality.cases:,} of {quality.cases_in_suite:,} "
         f"cases in {quality.runtime}; retention {overall.retention:.1%} "
+        f"({interval.low:.1%} to {interval.high:.1%}).",
+    ]
+
+
+def _router(manifest: Manifest) -> list[str]:
+    router = manifest.router
+    if router is None or router.kept is None or router.accuracy is None:
+        return []
+    accuracy, interval = router.accuracy, router.accuracy.interval
+    return [
+        "",
+        f"Router: answers with a confidence of at least {router.threshold:g} (the "
+        f"{router.confidence}) stay on the device. On cases that the threshold was not fitted on, "
+        f"{router.kept.value:.0%} of the traffic stays, of which {accuracy.value:.1%} is right "
         f"({interval.low:.1%} to {interval.high:.1%}).",
     ]
 

@@ -131,18 +131,44 @@ class Target(Part):
     rungs: tuple[str, ...] | None = None
 
 
+class Expected(Part):
+    """What `plan` takes for granted of a rung until one was measured.
+
+    Attributes:
+        flips: share of cases whose answer changes between right and wrong, either way.
+        log_score_sd: standard deviation of a case's rise of the log-score, in nats.
+        reference_score: share of cases that the reference gets right.
+    """
+
+    flips: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.06
+    log_score_sd: Positive = 0.25
+    reference_score: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.7
+
+
 class EvaluateSettings(Part):
     """How the suite is run.
 
     Attributes:
         sample: format -> cases of its paired sample, where another format of the rung judges.
+        stop_early: score cases in a random order, and stop when the verdict is decided.
+        expect: by which `plan` says what the suite can decide.
+        traffic_sample: distinct prompts of the traffic that reference and artifact are run on.
     """
 
     sample: dict[FormatName, Annotated[int, Field(ge=1)]] = {}
+    stop_early: bool = False
+    expect: Expected = Expected()
+    traffic_sample: Annotated[int, Field(ge=1)] = 300
 
     def sample_of(self, format_name: str) -> int:
         """Cases of the paired sample; Core ML is interpreted here, so its default is small."""
         return self.sample.get(format_name, 60 if format_name == "coreml" else 500)
+
+
+class RouterSettings(Part):
+    """When the app may trust the artifact: the share of right answers that those it keeps reach."""
+
+    target_accuracy: Annotated[float, Field(gt=0.0, lt=1.0)]
 
 
 class BuildSettings(Part):
@@ -163,6 +189,12 @@ class Recipe(Part):
         rungs: name -> its own steps; an empty list is an unquantized rung.
         export: formats without a budget; or else ``targets``.
         suite: evaluation cases, JSON lines; without one nothing is judged.
+        router: fits the confidence below which the app should ask elsewhere.
+        teacher: recorded answers to the suite, JSON lines, shown beside the reference.
+        previous: kept exports of the last release, whose answers are compared with.
+        waivers: losses that somebody consented to; by default ``NAME.waivers.yaml`` beside the
+            recipe's NAME.yaml.  The file need not exist.
+        traffic: a log of unlabelled requests, searched for what no case measures.
         texts: name -> text file to verify on, beside the built-in texts.
     """
 
@@ -176,8 +208,13 @@ class Recipe(Part):
     export: Annotated[tuple[FormatName, ...], Field(min_length=1)] | None = None
     targets: dict[Name, Target] = {}
     suite: Annotated[tuple[Path, ...], BeforeValidator(_as_list)] = ()
+    traffic: Path | None = None
     floor: Floor | None = None
     slices: dict[str, SliceSpec] = {}
+    router: RouterSettings | None = None
+    teacher: Path | None = None
+    previous: Path | None = None
+    waivers: Path | None = None
     texts: dict[Name, Path] = {}
     evaluate: EvaluateSettings = EvaluateSettings()
     build: BuildSettings = BuildSettings()

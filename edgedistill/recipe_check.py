@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ def check_recipe(recipe: Recipe, facts: DecoderFacts | None) -> list[Finding]:
         facts: of the student; None when they are not known yet, which leaves out what needs them.
     """
     findings = [*_check_files(recipe), *_check_names(recipe), *_check_suite(recipe)]
+    findings += _check_beside(recipe)
+    findings += [*_check_stopping(recipe), *_check_waivers(recipe), *_check_traffic(recipe)]
     if facts is not None:
         findings += [*_check_context(recipe, facts), *_check_stages(recipe, facts)]
         findings += [*_check_grids(recipe, facts), *_check_budgets(recipe, facts)]
@@ -45,7 +48,7 @@ def check_recipe(recipe: Recipe, facts: DecoderFacts | None) -> list[Finding]:
 
 def _check_files(recipe: Recipe) -> Iterator[Finding]:
     for place, path in _paths(recipe, ()):
-        if not path.exists():
+        if place != ("waivers",) and not path.exists():
             yield Finding(place, f"there is no such file or directory: {path}")
 
 
@@ -91,7 +94,7 @@ def _check_names(recipe: Recipe) -> Iterator[Finding]:
 
 def _check_suite(recipe: Recipe) -> Iterator[Finding]:
     if not recipe.suite:
-        for key in ("floor", "slices"):
+        for key in ("floor", "slices", "router", "teacher", "previous"):
             if getattr(recipe, key):
                 yield Finding((key,), "there is no suite to judge it on", "give `suite`")
         return
@@ -109,6 +112,72 @@ def _check_suite(recipe: Recipe) -> Iterator[Finding]:
             what = "sacrificed slice" if spec.sacrificed else "slice"
             message = f"no case of the suite is in the {what} {name!r}"
             yield Finding(("slices", name), message, did_you_mean(name, known, "the suite has"))
+
+
+def _check_beside(recipe: Recipe) -> Iterator[Finding]:
+    """A teacher that answers another suite, a previous release that left no scores."""
+    if recipe.suite and all(path.is_file() for path in recipe.suite):
+        from edgedistill.evaluate.suite import ChoiceCase, load_suite
+        from edgedistill.evaluate.teacher import read_teacher
+        from edgedistill.release import find_released
+
+        try:
+            choices = [c for c in load_suite(recipe.suite) if isinstance(c, ChoiceCase)]
+        except EdgedistillError as error:
+            if not recipe.slices:  # else it was said already
+                yield Finding(("suite",), str(error))
+            return
+        if not choices:
+            for key in ("router", "teacher", "previous"):
+                if getattr(recipe, key):
+                    yield Finding((key,), "the suite has no case of the kind 'choice' for it")
+            return
+        try:
+            if recipe.teacher is not None and recipe.teacher.exists():
+                read_teacher(recipe.teacher, choices)
+        except EdgedistillError as error:
+            yield Finding(("teacher",), str(error))
+        try:
+            if recipe.previous is not None and recipe.previous.exists():
+                for rung in recipe.rungs:
+                    for name in recipe.formats_of(rung):
+                        find_released(recipe.previous, rung, name)
+        except EdgedistillError as error:
+            yield Finding(("previous",), str(error))
+
+
+def _check_stopping(recipe: Recipe) -> Iterator[Finding]:
+    """Sampling stops early on what is bounded, which the bits of a text are not."""
+    if recipe.evaluate.stop_early and recipe.suite and all(p.is_file() for p in recipe.suite):
+        from edgedistill.evaluate.suite import TextCase, load_suite
+
+        with suppress(EdgedistillError):  # said of the suite already
+            if any(isinstance(case, TextCase) for case in load_suite(recipe.suite)):
+                yield Finding(
+                    ("evaluate", "stop_early"),
+                    "the suite holds texts, on which sampling cannot stop early",
+                    "take it out, or the texts out of the suite",
+                )
+
+
+def _check_waivers(recipe: Recipe) -> Iterator[Finding]:
+    from edgedistill.evaluate.waivers import read_waivers
+
+    try:
+        read_waivers(recipe.waivers)
+    except EdgedistillError as error:
+        yield Finding(("waivers",), str(error))
+
+
+def _check_traffic(recipe: Recipe) -> Iterator[Finding]:
+    if recipe.traffic is None or not recipe.traffic.is_file():
+        return
+    from edgedistill.evaluate.logs import read_logs
+
+    try:
+        read_logs(recipe.traffic)
+    except EdgedistillError as error:
+        yield Finding(("traffic",), str(error))
 
 
 def _check_context(recipe: Recipe, facts: DecoderFacts) -> Iterator[Finding]:

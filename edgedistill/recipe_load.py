@@ -88,7 +88,7 @@ def load_recipe(path: Path, student: str | None = None) -> LoadedRecipe:
     problems += [_invalid(document, error) for error in errors]
     source, facts = None, None
     if recipe is not None:
-        recipe = _absolute(recipe, path.parent)
+        recipe = _with_waivers(_absolute(recipe, path.parent), path)
         source, facts, student_problems = _open_student(recipe, document)
         problems += student_problems
         problems += [_problem(document, f) for f in check_recipe(recipe, facts)]
@@ -100,6 +100,15 @@ def load_recipe(path: Path, student: str | None = None) -> LoadedRecipe:
 def _absolute(recipe: Recipe, base: Path) -> Recipe:
     changed: Recipe = map_paths(recipe, lambda p: base.absolute() / from_home(p))
     return changed
+
+
+def _with_waivers(recipe: Recipe, path: Path) -> Recipe:
+    """The recipe with the place of its waivers, which needs no word in it."""
+    from edgedistill.evaluate.waivers import waivers_beside
+
+    if recipe.waivers is not None:
+        return recipe
+    return recipe.model_copy(update={"waivers": waivers_beside(path.absolute())})
 
 
 def _open_student(

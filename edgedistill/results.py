@@ -4,19 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from edgedistill.choice_results import ChoiceQuality, ClassChange, Reliability, Router
+from edgedistill.document import Document as Document
+from edgedistill.document import Estimate as Estimate
+from edgedistill.document import Interval as Interval
+from edgedistill.traffic_results import TrafficFindings
 
 Verdict = Literal["pass", "fail", "underpowered", "unjudged", "not measured"]
-
-
-class Document(BaseModel):
-    """Base of all results: frozen, no unknown fields.
-
-    A number that is not finite (the KL of a broken artifact) is the string "NaN" or "Infinity" in
-    JSON, which has no other word for it, and is read back as a number.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
 
 class TextDivergence(Document):
@@ -83,13 +77,6 @@ class Verification(Document):
         return all(check.passed for check in self.checks)
 
 
-class Interval(Document):
-    """A confidence interval, 95% unless said otherwise."""
-
-    low: float
-    high: float
-
-
 class Flip(Document):
     """A case whose answer changed between reference and artifact."""
 
@@ -112,6 +99,12 @@ class SliceQuality(Document):
         log_score_loss: log_score minus the reference's.
         broken: share of the reference's right answers that the artifact gets wrong.
         fixed: number of the reference's wrong answers that the artifact gets right.
+        text_cases: texts, which are in none of the figures above but in those below.
+        bits_per_byte: of the texts, lower is better; None where there are none.
+        bits_per_byte_loss: bits_per_byte minus the reference's.
+        choice: more of its cases of the kind ``choice``; None where there are none.
+
+    A figure that no case gives is NaN: the log-score and F1 without choices, all without answers.
     """
 
     slice: str
@@ -128,6 +121,65 @@ class SliceQuality(Document):
     broken: float
     broken_cases: int
     fixed_cases: int
+    text_cases: int = 0
+    bits_per_byte: float | None = None
+    reference_bits_per_byte: float | None = None
+    bits_per_byte_loss: float | None = None
+    bits_per_byte_loss_interval: Interval | None = None
+    choice: ChoiceQuality | None = None
+
+
+class FieldQuality(Document):
+    """How well one field of the JSON answers is extracted, over all cases that grade by fields.
+
+    Attributes:
+        field: its name, dotted where it lies inside another.
+        cases: in which it was expected or given.
+        f1: of its items, weighted by the cases' weights; ``reference_f1`` is the reference's.
+    """
+
+    field: str
+    cases: int
+    f1: float
+    reference_f1: float
+
+
+class SliceAgainst(Document):
+    """The artifact and another answerer on the same cases of one slice.
+
+    Attributes:
+        score: of the other; ``artifact_score`` on the same cases.
+        gain: artifact_score minus score, with a paired interval.
+        broken_cases: the other is right and the artifact wrong; ``fixed_cases`` the reverse.
+        agreement: share of the traffic that both answer alike.
+        divergence: mean KL(other || artifact) over the choices, in nats, on the cases where the
+            other gave a distribution; None where it gave none.
+    """
+
+    slice: str
+    cases: int
+    score: float
+    artifact_score: float
+    gain: Estimate
+    broken_cases: int
+    fixed_cases: int
+    agreement: float
+    divergence: float | None
+
+
+class Against(Document):
+    """The artifact beside another answerer than the reference.
+
+    Attributes:
+        cases: that both answered; ``slices`` has all of them first, then each slice.
+        flips: against the other, whose answer stands in ``reference_answer``.
+    """
+
+    name: str
+    kind: Literal["teacher", "previous release"]
+    cases: int
+    slices: list[SliceAgainst]
+    flips: list[Flip]
 
 
 class FloorCheck(Document):
@@ -137,6 +189,8 @@ class FloorCheck(Document):
         value: the measured figure; it and ``interval`` are None where no case of the slice was
             scored (verdict ``not measured``, possible in a sample only).
         cases_needed: how many more cases of the slice would decide, where the scored ones cannot.
+        waived: whether it failed and somebody consented to that, so that it passes.
+        note: who consented to a loss, until when and why, or why a waiver does not hold.
     """
 
     clause: str
@@ -146,10 +200,18 @@ class FloorCheck(Document):
     interval: Interval | None
     verdict: Verdict
     cases_needed: int | None = None
+    waived: bool = False
+    note: str | None = None
 
 
 class Evaluation(Document):
-    """Does the artifact still do its job?"""
+    """Does the artifact still do its job?
+
+    Attributes:
+        reliability, classes: over all cases of the kind ``choice``.
+        router: where the recipe asks for one.
+        against: a teacher and the previous release, where the recipe names them.
+    """
 
     cases: int
     cases_in_suite: int
@@ -159,11 +221,37 @@ class Evaluation(Document):
     flips: list[Flip]
     verdict: Verdict
     seconds: float
+    fields: list[FieldQuality] = []
+    reliability: Reliability | None = None
+    classes: list[ClassChange] = []
+    router: Router | None = None
+    against: list[Against] = []
+    stopped_early: bool = False
 
     @property
     def overall(self) -> SliceQuality:
         """Quality over all cases."""
         return self.slices[0]
+
+
+class LoweredClause(Document):
+    """A clause that was held higher in an earlier release of the same recipe.
+
+    Attributes:
+        clause: of the floor; ``loss`` is how much of its score a slice may lose (0 when it is
+            protected), ``undecided`` the share of undecided clauses that may ship.
+        was, now: the limits; ``now`` is None where the clause is gone.
+    """
+
+    slice: str
+    clause: str
+    was: float
+    now: float | None
+
+    def __str__(self) -> str:
+        """In one line, for people."""
+        now = "not held" if self.now is None else f"{self.now:g}"
+        return f"{self.clause} on {self.slice} was {self.was:g}, is {now}"
 
 
 class Timing(Document):
@@ -225,6 +313,7 @@ class ArtifactReport(Document):
         shippable: verified, floor met, budget met.
         why_not: one sentence when not shippable.
         lineage: labels of the steps that made it, from the student to the export.
+        traffic: of the format that runs the whole suite, where the recipe names a traffic file.
     """
 
     rung: str
@@ -242,6 +331,7 @@ class ArtifactReport(Document):
     shippable: bool
     why_not: str | None
     lineage: list[str] = []
+    traffic: TrafficFindings | None = None
 
 
 class StepReport(Document):
@@ -269,6 +359,7 @@ class BuildReport(Document):
 
     Attributes:
         peak_ram_limit_bytes: what the recipe allows any step to hold; None when it says nothing.
+        floor_lowered: clauses that earlier releases among the exports were held to.
     """
 
     schema_version: Literal[1] = 1
@@ -287,6 +378,7 @@ class BuildReport(Document):
     machine: dict[str, str]
     exit_code: int
     peak_ram_limit_bytes: int | None = None
+    floor_lowered: list[LoweredClause] = []
 
     @property
     def peak_rss_bytes(self) -> int:

@@ -2,7 +2,8 @@
 
 Inputs by name: ``student`` a student directory, ``artifact`` the output of :class:`Export`,
 ``weights_judge``, ``reference_judge`` and ``base_judge`` outputs of :class:`JudgeLogits`,
-``reference_scores`` and ``artifact_scores`` outputs of a scoring task.
+``reference_scores`` and ``artifact_scores`` outputs of a scoring task,
+``reference_traffic`` the output of :class:`ReadTraffic`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from edgedistill.beside import Beside
 from edgedistill.chat import Chat
 from edgedistill.content import ContentHashes, plain
 from edgedistill.floor import Floor, SliceSpec
@@ -23,6 +25,7 @@ WEIGHTS_FILE = "weights.json"
 VERIFICATION_FILE = "verification.json"
 EVALUATION_FILE = "evaluation.json"
 BENCH_FILE = "bench.json"
+TRAFFIC_FILE = "traffic.json"
 
 
 class Weights(Document):
@@ -211,25 +214,35 @@ class Score(Task):
 
 
 class Compare(Task):
-    """Judge an artifact's scores against the reference's."""
+    """Judge an artifact's scores against the reference's.
+
+    Attributes:
+        suite: the files that were scored; none where scoring the reference wrote ``suite.jsonl``.
+    """
 
     runtime: str
     suite: tuple[Path, ...]
     floor: Floor | None
     slices: dict[str, SliceSpec]
+    beside: Beside = Beside()
 
     def run(self, inputs: Mapping[str, Path], dst: Path) -> None:
-        """Reads ``reference_scores`` and ``artifact_scores``, writes ``evaluation.json``."""
+        """Reads ``reference_scores`` and ``artifact_scores``, writes ``evaluation.json``.
+
+        For the exports there are ``cases.jsonl`` and, with a router, ``queue.jsonl``.
+        """
         from edgedistill.evaluate.compare import compare
+        from edgedistill.evaluate.suite import SUITE_FILE
 
         compare(
-            self.suite,
+            self.suite or (inputs["reference_scores"] / SUITE_FILE,),
             inputs["reference_scores"],
             inputs["artifact_scores"],
             floor=self.floor,
             slices=self.slices,
             runtime=self.runtime,
             out=dst / EVALUATION_FILE,
+            beside=self.beside,
         )
 
 
@@ -254,6 +267,148 @@ class BenchArtifact(Task):
             weight_bytes=Weights.model_validate_json(weights).weight_bytes,
         )
         (dst / BENCH_FILE).write_text(found.model_dump_json(indent=2), encoding="utf-8")
+
+    def plugins(self) -> list[tuple[Kind, str]]:
+        """The runtime."""
+        return [("runtimes", self.runtime)]
+
+
+class TakeArtifact(Task):
+    """Link an artifact that lies somewhere, as :class:`Export` would have left it."""
+
+    source: Path
+
+    def run(self, inputs: Mapping[str, Path], dst: Path) -> None:
+        """Writes ``artifact/``."""
+        from edgedistill.artifact_source import find_artifact
+
+        (dst / ARTIFACT).mkdir()
+        find_artifact(self.source).link(dst / ARTIFACT)
+
+    def fingerprint(self, hashes: ContentHashes) -> dict[str, Any]:
+        """What the files hold, wherever they lie."""
+        from edgedistill.artifact_source import find_artifact
+
+        files = find_artifact(self.source).files
+        return {
+            "files": {name: hashes.of(file) for name, file in sorted(files.items())},
+            "threads": self.threads,
+        }
+
+
+class ScoreHarness(Task):
+    """Run a task of lm-evaluation-harness on an artifact, or on the reference itself."""
+
+    name: str
+    directory: Path | None
+    runtime: str
+    sample: int | None
+    chat: Chat
+    context_tokens: int
+
+    def run(self, inputs: Mapping[str, Path], dst: Path) -> None:
+        """Reads ``student`` and ``artifact``, if given; writes ``suite.jsonl`` and scores."""
+        from edgedistill.evaluate.harness import HarnessTask, score_task
+
+        artifact = inputs["artifact"] / ARTIFACT if "artifact" in inputs else inputs["student"]
+        score_task(
+            artifact,
+            self.runtime,
+            inputs["student"],
+            HarnessTask(name=self.name, directory=self.directory),
+            dst,
+            sample=self.sample,
+            chat=self.chat,
+            threads=self.threads,
+            context_tokens=self.context_tokens,
+        )
+
+    def plugins(self) -> list[tuple[Kind, str]]:
+        """The runtime."""
+        return [("runtimes", self.runtime)]
+
+
+class ScoreUntilDecided(Task):
+    """Score as many cases of the suite as the verdict takes, with an artifact in its runtime."""
+
+    runtime: str
+    suite: tuple[Path, ...]
+    chat: Chat
+    context_tokens: int
+    floor: Floor | None
+    slices: dict[str, SliceSpec]
+
+    def run(self, inputs: Mapping[str, Path], dst: Path) -> None:
+        """Reads ``artifact``, ``student`` and ``reference_scores``, writes ``scores.jsonl``."""
+        from edgedistill.evaluate.score_early import score_until_decided
+
+        score_until_decided(
+            inputs["artifact"] / ARTIFACT,
+            self.runtime,
+            inputs["student"],
+            self.suite,
+            inputs["reference_scores"],
+            dst,
+            floor=self.floor,
+            slices=self.slices,
+            chat=self.chat,
+            threads=self.threads,
+            context_tokens=self.context_tokens,
+        )
+
+    def plugins(self) -> list[tuple[Kind, str]]:
+        """The runtime."""
+        return [("runtimes", self.runtime)]
+
+
+class ReadTraffic(Task):
+    """Let the reference answer a sample of the unlabelled traffic."""
+
+    traffic: Path
+    sample: int
+    chat: Chat
+    context_tokens: int
+
+    def run(self, inputs: Mapping[str, Path], dst: Path) -> None:
+        """Reads ``student``, writes prompts and answers."""
+        from edgedistill.evaluate.traffic import read_reference
+
+        read_reference(
+            inputs["student"],
+            self.traffic,
+            dst,
+            sample=self.sample,
+            chat=self.chat,
+            threads=self.threads,
+            context_tokens=self.context_tokens,
+        )
+
+    def plugins(self) -> list[tuple[Kind, str]]:
+        """The reference's runtime."""
+        return [("runtimes", "torch_reference")]
+
+
+class Traffic(Task):
+    """Find where an artifact leaves the reference on the traffic, and no case measures it."""
+
+    runtime: str
+    suite: tuple[Path, ...]
+    context_tokens: int
+
+    def run(self, inputs: Mapping[str, Path], dst: Path) -> None:
+        """Reads ``artifact``, ``student`` and ``reference_traffic``, writes ``traffic.json``."""
+        from edgedistill.evaluate.traffic import find_disagreements
+
+        found = find_disagreements(
+            inputs["artifact"] / ARTIFACT,
+            self.runtime,
+            inputs["student"],
+            inputs["reference_traffic"],
+            self.suite,
+            threads=self.threads,
+            context_tokens=self.context_tokens,
+        )
+        (dst / TRAFFIC_FILE).write_text(found.model_dump_json(indent=2), encoding="utf-8")
 
     def plugins(self) -> list[tuple[Kind, str]]:
         """The runtime."""

@@ -52,11 +52,12 @@ def combine_quality(own: Evaluation | None, judge: Evaluation | None) -> Evaluat
         judge: of the artifact with the same weights that ran the whole suite; None when ``own``
             is it, or when there is none.
 
-    The judge decides; a sample can only overrule it by failing.
+    The judge decides; a sample can only overrule it by failing.  The router is the judge's too: it
+    was fitted on the whole suite.
     """
     if own is None or judge is None or own.verdict == "fail":
         return own
-    return own.model_copy(update={"verdict": judge.verdict})
+    return own.model_copy(update={"verdict": judge.verdict, "router": judge.router})
 
 
 def check_budget(

@@ -13,7 +13,7 @@ from edgedistill.errors import InputError
 from edgedistill.evaluate import statistics
 from edgedistill.evaluate.compare import compare
 from edgedistill.evaluate.score import write_scores
-from edgedistill.evaluate.suite import Case, load_suite
+from edgedistill.evaluate.suite import ChoiceCase, load_suite
 from edgedistill.floor import Floor, SliceSpec
 from edgedistill.results import Evaluation, FloorCheck, SliceQuality
 
@@ -28,7 +28,7 @@ class World:
     """A suite of three even domains and a tail of 5%, and a reference that is right in 60%."""
 
     root: Path
-    cases: list[Case]
+    cases: list[ChoiceCase]
     reference: Scores
 
     def run(
@@ -103,7 +103,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
         lines.append(json.dumps(case))
     suite = tmp_path / "suite.jsonl"
     suite.write_text("\n".join(lines))
-    cases = load_suite([suite])
+    cases = [case for case in load_suite([suite]) if isinstance(case, ChoiceCase)]
     (tmp_path / "reference").mkdir()
     scored = {case.id: scores[i] for i, case in enumerate(cases)}
     write_scores(tmp_path / "reference", cases, scored, seconds=2.0)

@@ -16,6 +16,7 @@ from edgedistill.evaluate.prompts import Prompt, render_prompts
 from edgedistill.evaluate.reference import equal_length_batches, score_reference
 from edgedistill.evaluate.score import (
     group_by_beginning,
+    log_probs_of,
     read_scores,
     read_seconds,
     score_artifact,
@@ -68,7 +69,7 @@ def one_by_one(student: Path, prompts: Sequence[Prompt]) -> npt.NDArray[np.float
 
 
 def scores_of(directory: Path) -> npt.NDArray[np.float64]:
-    return np.stack(list(read_scores(directory).values()))
+    return np.stack(list(log_probs_of(read_scores(directory)).values()))
 
 
 @pytest.mark.parametrize("choices", [SHORT, LONG], ids=["short", "long"])
@@ -131,7 +132,7 @@ def test_a_sample_is_scored_as_in_the_whole_suite(tiny: Tiny, tmp_path: Path) ->
             threads=1,
             context_tokens=256,
         )
-    whole, some = read_scores(tmp_path / "all"), read_scores(tmp_path / "some")
+    whole, some = (log_probs_of(read_scores(tmp_path / name)) for name in ("all", "some"))
     assert list(some) == [case.id for case in sample_cases(load_suite([suite]), 7)]
     for case_id, values in some.items():
         np.testing.assert_allclose(values, whole[case_id], atol=1e-4)

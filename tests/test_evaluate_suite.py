@@ -10,7 +10,7 @@ import pytest
 from edgedistill.chat import Chat, load_tokenizer
 from edgedistill.errors import InputError
 from edgedistill.evaluate.prompts import render_prompts
-from edgedistill.evaluate.suite import Case, load_suite, sample_cases
+from edgedistill.evaluate.suite import ChoiceCase, load_suite, sample_cases
 
 GOOD: dict[str, Any] = {
     "id": "a",
@@ -37,16 +37,17 @@ def test_cases_come_back_in_order_over_all_files(tmp_path: Path) -> None:
     first = write(tmp_path / "1.jsonl", full, "", GOOD | {"id": "line\u2028separator"})
     cases = load_suite([first, write(tmp_path / "2.jsonl", GOOD)])
     assert [case.id for case in cases] == ["b", "line\u2028separator", "a"]
-    assert cases[0].soft_label == (0.0, 0.33, 0.67)
-    assert (cases[0].slices, cases[0].weight) == (("domain=tweets", "short"), 2.0)
-    assert (cases[2].soft_label, cases[2].slices, cases[2].weight) == (None, (), 1.0)
+    full_case, _, plain = (case for case in cases if isinstance(case, ChoiceCase))
+    assert full_case.soft_label == (0.0, 0.33, 0.67)
+    assert (full_case.slices, full_case.weight) == (("domain=tweets", "short"), 2.0)
+    assert (plain.soft_label, plain.slices, plain.weight) == (None, (), 1.0)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kind": "generate"}, 'kind = "generate" cannot be scored'),
-        ({"kind": "text"}, 'kind = "text" cannot be scored'),
+        ({"kind": "sing"}, 'kind = "sing" cannot be scored'),
+        ({"kind": "text"}, "text: Field required"),
         ({"answer": 3}, "answer = 3 is not the index of one of 3 choices"),
         ({"answer": "2"}, 'answer = "2"'),
         ({"answer": True}, "answer = true"),
@@ -103,19 +104,19 @@ def test_an_unreadable_file_is_refused(tmp_path: Path, content: bytes | None, me
         load_suite([path])
 
 
-def make_cases(count: int) -> list[Case]:
+def make_cases(count: int) -> list[ChoiceCase]:
     fields = [
         {"id": f"c{i}", "answer": i % 3, "slices": ["rare"] if i % 10 == 0 else ["common"]}
         for i in range(count)
     ]
-    return [Case.model_validate(GOOD | change) for change in fields]
+    return [ChoiceCase.model_validate(GOOD | change) for change in fields]
 
 
 def test_a_sample_holds_every_stratum_in_proportion() -> None:
     cases = make_cases(3000)
     sample = sample_cases(cases, 300)
     assert len({case.id for case in sample}) == 300
-    counts = Counter((case.slices[0], case.answer) for case in sample)
+    counts = Counter((case.slices[0], case.stratum) for case in sample)
     for answer in range(3):
         assert abs(counts["rare", answer] - 10) <= 1
         assert abs(counts["common", answer] - 90) <= 1
@@ -124,7 +125,8 @@ def test_a_sample_holds_every_stratum_in_proportion() -> None:
 def test_a_sample_depends_on_the_cases_alone_and_keeps_suite_order() -> None:
     cases = make_cases(100)
     sample = sample_cases(cases, 37)
-    positions = [cases.index(case) for case in sample]
+    ids = [case.id for case in cases]
+    positions = [ids.index(case.id) for case in sample]
     assert positions == sorted(positions)
     again = sample_cases(list(reversed(cases)), 37)
     assert {case.id for case in again} == {case.id for case in sample}
@@ -133,7 +135,7 @@ def test_a_sample_depends_on_the_cases_alone_and_keeps_suite_order() -> None:
 
 
 def test_a_prompt_is_the_chat_template_with_the_recipes_system_message(tiny: Any) -> None:
-    case = Case.model_validate(GOOD)
+    case = ChoiceCase.model_validate(GOOD)
     (prompt,) = render_prompts(tiny(), [case], Chat(system="Rate it."), context_tokens=256)
     tokenizer = load_tokenizer(tiny())
     assert tokenizer.decode(prompt.ids) == (
@@ -145,7 +147,7 @@ def test_a_prompt_is_the_chat_template_with_the_recipes_system_message(tiny: Any
 
 def test_a_system_message_of_the_case_stands(tiny: Any) -> None:
     messages = [{"role": "system", "content": "Mine."}, *GOOD["messages"]]
-    case = Case.model_validate(GOOD | {"messages": messages})
+    case = ChoiceCase.model_validate(GOOD | {"messages": messages})
     (prompt,) = render_prompts(tiny(), [case], Chat(system="Rate it."), context_tokens=256)
     text = load_tokenizer(tiny()).decode(prompt.ids)
     assert "Mine." in text
@@ -161,7 +163,7 @@ def test_a_choice_that_merges_with_the_prompt_is_tokenized_on_its_own(
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
     messages = [{"role": "user", "content": "It was terrib"}]
     fields = {"messages": messages, "choices": ["le", " plot", "le plot made no sense"]}
-    case = Case.model_validate(GOOD | fields)
+    case = ChoiceCase.model_validate(GOOD | fields)
     (prompt,) = render_prompts(tmp_path, [case], Chat(), context_tokens=256)
     tokenizer = load_tokenizer(tmp_path)
 

@@ -1,8 +1,9 @@
-"""Score every choice of every case: by the reference, ``transformers`` in float32, in batches.
+"""Score every case: by the reference, ``transformers`` in float32, choices in batches.
 
 What all prompts begin with is computed once.  Prompts of the same length form a batch, so there is
 no padding to get wrong; the head runs on the last position alone.  The tokens of longer choices
-follow from the batch's own cache.
+follow from the batch's own cache.  Texts and answers in the model's own words go through a session
+of the same model, one after the other.
 """
 
 from __future__ import annotations
@@ -16,11 +17,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgedistill.chat import Chat
+from edgedistill.evaluate.baseline import BaselineRecorder
 from edgedistill.evaluate.prompts import Prompt, common_prefix, render_prompts
-from edgedistill.evaluate.score import LogProbs, check_finite, log_softmax, write_scores
-from edgedistill.evaluate.suite import load_suite
+from edgedistill.evaluate.score import (
+    LogProbs,
+    Score,
+    check_finite,
+    log_softmax,
+    score_cases,
+    write_scores,
+)
+from edgedistill.evaluate.suite import ChoiceCase, load_suite
 from edgedistill.progress import progress_bar
-from edgedistill.runtimes.torch_reference import load_model, new_cache
+from edgedistill.runtimes.torch_reference import TorchSession, load_model, new_cache
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +49,8 @@ def score_reference(
 ) -> None:
     """Score the whole suite with a student in float32; writes what ``score_artifact`` writes.
 
+    Beside it goes ``baseline-<sha256>.safetensors``, for comparisons without the reference.
+
     Args:
         student: float or quantized (then dequantized to a temporary copy).
         suite: JSONL files.
@@ -56,17 +67,36 @@ def score_reference(
     cases = load_suite(suite)
     prompts = render_prompts(student, cases, chat, context_tokens=context_tokens)
     started = time.monotonic()
-    scores = score_batched(load_model(student, threads=threads), prompts)
+    model = load_model(student, threads=threads)
+    choices = {case.id: case.answer for case in cases if isinstance(case, ChoiceCase)}
+    recorder = BaselineRecorder(choices)
+    asked = [prompt for prompt in prompts if prompt.id in choices]
+    scores: dict[str, Score] = {**score_batched(model, asked, recorder)}
+    if choices:
+        recorder.write(dst)
+    others = [case for case in cases if case.id not in choices]
+    if others:
+        session = TorchSession(model, student, context_tokens)
+        rest = [prompt for prompt in prompts if prompt.id not in choices]
+        scores |= score_cases(session, others, rest, student, chat)
     write_scores(dst, cases, scores, seconds=time.monotonic() - started)
 
 
-def score_batched(model: Any, prompts: Sequence[Prompt]) -> dict[str, LogProbs]:
-    """Case id -> float64 [choices], summed log-probabilities in nats."""
+def score_batched(
+    model: Any, prompts: Sequence[Prompt], recorder: BaselineRecorder | None = None
+) -> dict[str, LogProbs]:
+    """Case id -> float64 [choices], summed log-probabilities in nats.
+
+    ``recorder`` is given what the model says at the positions of the answers.
+    """
     scores: dict[str, LogProbs] = {}
+    if not prompts:
+        return scores
     beginning = _compute_beginning(model, prompts)
     with progress_bar(len(prompts), "scoring the reference") as bar:
         for batch in equal_length_batches(prompts):
-            for prompt, values in zip(batch, _score_batch(model, beginning, batch), strict=True):
+            found = _score_batch(model, beginning, batch, recorder)
+            for prompt, values in zip(batch, found, strict=True):
                 check_finite(prompt.id, values)
                 scores[prompt.id] = values
             bar.advance(len(batch))
@@ -100,7 +130,9 @@ def _compute_beginning(model: Any, prompts: Sequence[Prompt]) -> Any:
     return cache
 
 
-def _score_batch(model: Any, beginning: Any, batch: Sequence[Prompt]) -> list[LogProbs]:
+def _score_batch(
+    model: Any, beginning: Any, batch: Sequence[Prompt], recorder: BaselineRecorder | None
+) -> list[LogProbs]:
     import torch
 
     with torch.inference_mode():
@@ -113,13 +145,20 @@ def _score_batch(model: Any, beginning: Any, batch: Sequence[Prompt]) -> list[Lo
             np.array([row[choice[0]] for choice in prompt.choices])
             for row, prompt in zip(first, batch, strict=True)
         ]
+        if recorder:
+            for row, prompt in zip(first, batch, strict=True):
+                recorder.add_first(prompt, row)
         if any(len(choice) > 1 for prompt in batch for choice in prompt.choices):
-            _add_later_tokens(model, cache, batch, scores)
+            _add_later_tokens(model, cache, batch, scores, recorder)
     return scores
 
 
 def _add_later_tokens(
-    model: Any, cache: Any, batch: Sequence[Prompt], scores: list[LogProbs]
+    model: Any,
+    cache: Any,
+    batch: Sequence[Prompt],
+    scores: list[LogProbs],
+    recorder: BaselineRecorder | None,
 ) -> None:
     """Add the log-probabilities of the second and later tokens of the choices.
 
@@ -147,6 +186,8 @@ def _add_later_tokens(
             following = choices[row][1:]
             probabilities = log_softmax(logits[row, : len(following)].numpy())
             scores[i][j] += probabilities[np.arange(len(following)), following].sum()
+            if recorder:
+                recorder.add_later(batch[i], j, probabilities)
 
 
 def _select(cache: Any, rows: torch.Tensor) -> Any:

@@ -1,24 +1,30 @@
-"""Score every choice of every case: by an artifact in its runtime.
+"""Score every case: by an artifact in its runtime.
 
 A choice's score is the sum of the log-probabilities (nats) of its tokens after the prompt; there
-is no division by length.  What neighbouring prompts have in common, such as a system prompt, is
-computed once; a runtime that can compute several prompts in a batch does so.
+is no division by length.  A text is scored in the same way, an answer in the model's own words is
+graded.  What neighbouring prompts have in common, such as a system prompt, is computed once; a
+runtime that can compute several prompts in a batch does so.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from edgedistill.chat import Chat
 from edgedistill.errors import InputError, StageError
+from edgedistill.evaluate.generate import Voice, generate_answers
+from edgedistill.evaluate.grade import grade_answer
 from edgedistill.evaluate.prompts import Prompt, common_prefix, render_prompts
-from edgedistill.evaluate.suite import Case, load_suite, sample_cases
+from edgedistill.evaluate.suite import Case, GenerateCase, TextCase, load_suite, sample_cases
 from edgedistill.plugins import load_plugin
 from edgedistill.progress import progress_bar
 from edgedistill.session import Logits, Session
@@ -32,6 +38,26 @@ DECIMALS = 6  # of a log-probability: float32 logits carry no more
 LONGEST_SECONDS = 1e9  # thirty years
 
 LogProbs = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model wrote, and how right it is, in [0, 1]."""
+
+    text: str
+    grade: float
+
+
+@dataclass(frozen=True)
+class TextBits:
+    """How well the model predicts a text: bits per byte (lower is better), and its bytes."""
+
+    bits_per_byte: float
+    size_bytes: int
+
+
+# Of a choice (nats, one a choice), of an answer in words, of a text.
+Score = LogProbs | Answer | TextBits
 
 
 def score_artifact(
@@ -48,8 +74,8 @@ def score_artifact(
 ) -> None:
     """Score the suite, or a paired sample of it, with an artifact.
 
-    Writes ``dst/scores.jsonl``, a line ``{"id": ..., "log_probs": [...]}`` a case in suite order
-    (nats, one a choice), and ``dst/timing.json``.
+    Writes ``dst/scores.jsonl``, a line a case in suite order (docs/suites.md shows one of each
+    kind), and ``dst/timing.json``.
 
     Args:
         artifact: a directory that the runtime opens.
@@ -73,8 +99,37 @@ def score_artifact(
     program = load_plugin("runtimes", runtime)()
     started = time.monotonic()
     with program.open(artifact, context_tokens=context_tokens, threads=threads) as session:
-        scores = score_prompts(session, prompts)
+        scores = score_cases(session, cases, prompts, student, chat)
     write_scores(dst, cases, scores, seconds=time.monotonic() - started)
+
+
+def score_cases(
+    session: Session, cases: Sequence[Case], prompts: Sequence[Prompt], student: Path, chat: Chat
+) -> dict[str, Score]:
+    """Case id -> score, of cases of any kind.
+
+    Args:
+        session: of the model that is scored.
+        cases: any number; ``prompts`` are theirs.
+        student: whose tokenizer and template say where an answer ends.
+        chat: the fixed part of the conversation.
+    """
+    asked = {case.id: case for case in cases if isinstance(case, GenerateCase)}
+    read = {case.id: case for case in cases if isinstance(case, TextCase)}
+    scores: dict[str, Score] = {}
+    for case_id, values in score_prompts(session, [p for p in prompts if p.choices]).items():
+        scores[case_id] = _text_bits(read[case_id], values) if case_id in read else values
+    if asked:
+        questions = [prompt for prompt in prompts if prompt.id in asked]
+        answers = generate_answers(session, asked, questions, Voice.of(student, chat))
+        for case_id, text in answers.items():
+            scores[case_id] = Answer(text, grade_answer(asked[case_id], text))
+    return scores
+
+
+def _text_bits(case: TextCase, log_probs: LogProbs) -> TextBits:
+    bits = -float(log_probs[0]) / math.log(2.0)
+    return TextBits(bits / case.size_bytes, case.size_bytes)
 
 
 def score_prompts(session: Session, prompts: Sequence[Prompt]) -> dict[str, LogProbs]:
@@ -173,41 +228,74 @@ def check_finite(case_id: str, scores: LogProbs) -> None:
 
 
 def write_scores(
-    dst: Path, cases: Sequence[Case], scores: Mapping[str, LogProbs], *, seconds: float
+    dst: Path, cases: Sequence[Case], scores: Mapping[str, Score], *, seconds: float
 ) -> None:
     """Write ``scores.jsonl`` in the order of ``cases``, and how long scoring took."""
     with (dst / SCORES_FILE).open("w", encoding="utf-8") as file:
         for case in cases:
-            values = [round(float(value), DECIMALS) for value in scores[case.id]]
-            file.write(json.dumps({"id": case.id, "log_probs": values}) + "\n")
+            file.write(json.dumps({"id": case.id} | _entry(scores[case.id])) + "\n")
     write_json(dst / TIMING_FILE, {"seconds": round(seconds, 3), "cases": len(cases)})
 
 
-def read_scores(directory: Path) -> dict[str, LogProbs]:
-    """Case id -> float64 [choices], as :func:`write_scores` left them.
+def _entry(score: Score) -> dict[str, Any]:
+    if isinstance(score, Answer):
+        return {"kind": "generate", "answer": score.text, "grade": round(score.grade, DECIMALS)}
+    if isinstance(score, TextBits):
+        bits = round(score.bits_per_byte, DECIMALS)
+        return {"kind": "text", "bits_per_byte": bits, "bytes": score.size_bytes}
+    return {"kind": "choice", "log_probs": [round(float(value), DECIMALS) for value in score]}
+
+
+def read_scores(directory: Path) -> dict[str, Score]:
+    """Case id -> score, as :func:`write_scores` left them.
 
     Raises:
         InputError: the file is missing or damaged.
     """
     path = directory / SCORES_FILE
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except OSError as error:
         raise InputError(f"no scores: {error.strerror}", where=str(path)) from error
     except UnicodeDecodeError as error:
-        raise InputError("is not UTF-8 text", where=str(path)) from error
-    scores: dict[str, LogProbs] = {}
+        raise InputError(f"is not UTF-8 (byte {error.start})", where=str(path)) from error
+    scores: dict[str, Score] = {}
     for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         try:
             entry = json.loads(line)
-            values = np.array([float(value) for value in entry["log_probs"]])
-            case_id = str(entry["id"])
+            case_id, score = str(entry["id"]), _parse_score(entry)
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise InputError("is not a line of scores", where=f"{path}:{number}") from error
-        if case_id in scores or not np.isfinite(values).all():
+        if case_id in scores or not _is_finite(score):
             raise InputError(f"case {case_id} is repeated or not finite", where=f"{path}:{number}")
-        scores[case_id] = values
+        scores[case_id] = score
     return scores
+
+
+def _parse_score(entry: Mapping[str, Any]) -> Score:
+    kind = entry.get("kind", "choice")
+    if kind == "generate":
+        return Answer(str(entry["answer"]), float(entry["grade"]))
+    if kind == "text":
+        return TextBits(float(entry["bits_per_byte"]), int(entry["bytes"]))
+    if kind != "choice":
+        raise ValueError(f"unknown kind {kind!r}")
+    return np.array([float(value) for value in entry["log_probs"]])
+
+
+def _is_finite(score: Score) -> bool:
+    if isinstance(score, Answer):
+        return 0.0 <= score.grade <= 1.0
+    if isinstance(score, TextBits):
+        return math.isfinite(score.bits_per_byte) and score.size_bytes > 0
+    return bool(np.isfinite(score).all())
+
+
+def log_probs_of(scores: Mapping[str, Score]) -> dict[str, LogProbs]:
+    """Case id -> float64 [choices], of the choices among the scores."""
+    return {case_id: s for case_id, s in scores.items() if isinstance(s, np.ndarray)}
 
 
 def read_seconds(directory: Path) -> float:

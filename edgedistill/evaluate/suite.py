@@ -1,9 +1,4 @@
-"""The evaluation suite: JSON lines, one case a line, and a paired sample of it.
-
-A case asks the model to choose.  It carries the right answer, optionally how people were spread
-over the choices (``soft_label``), the slices that it belongs to, and a weight that restores the
-traffic's mixture when a suite holds more of the hard cases than traffic does.
-"""
+"""The evaluation suite: JSON lines, one case a line, and a paired sample of it."""
 
 from __future__ import annotations
 
@@ -11,67 +6,35 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ValidationError
 
 from edgedistill.errors import InputError
+from edgedistill.evaluate.cases import (
+    ALL_CASES,
+    KINDS,
+    Case,
+    ChoiceCase,
+    GenerateCase,
+    Message,
+    TextCase,
+)
+
+__all__ = [
+    "ALL_CASES",
+    "SUITE_FILE",
+    "Case",
+    "ChoiceCase",
+    "GenerateCase",
+    "Message",
+    "TextCase",
+    "load_suite",
+    "sample_cases",
+]
 
 SHOWN_PROBLEMS = 10
-ALL_CASES = "all"  # the name under which results report the whole suite
-SOFT_LABEL_TOLERANCE = 0.02  # soft labels are commonly written with two or three decimals
-
-Text = Annotated[str, Field(min_length=1)]
-NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-
-
-class Message(BaseModel):
-    """One turn of the conversation that the case puts before the model."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    role: Literal["system", "user", "assistant"]
-    content: str
-
-
-class Case(BaseModel):
-    """One question with its choices.
-
-    Attributes:
-        answer: index of the right choice.
-        soft_label: a share for each choice, summing to 1; None means all of it on ``answer``.
-        slices: the groups whose quality is reported and judged on their own.
-        weight: how many cases of the traffic this one stands for, up to a common factor.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    id: Text
-    kind: Literal["choice"]
-    messages: Annotated[tuple[Message, ...], Field(min_length=1)]
-    choices: Annotated[tuple[Text, ...], Field(min_length=2)]
-    answer: Annotated[int, Field(ge=0)]
-    soft_label: tuple[NonNegative, ...] | None = None
-    slices: tuple[Text, ...] = ()
-    weight: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 1.0
-
-    @model_validator(mode="after")
-    def _parts_fit(self) -> Self:
-        count = len(self.choices)
-        if self.answer >= count:
-            raise ValueError(f"answer = {self.answer} is not the index of one of {count} choices")
-        if len(set(self.choices)) < count:
-            raise ValueError(f"choices = {list(self.choices)} repeats a choice")
-        if self.soft_label is not None:
-            total = sum(self.soft_label)
-            if len(self.soft_label) != count or abs(total - 1.0) > SOFT_LABEL_TOLERANCE:
-                raise ValueError(
-                    f"soft_label has {len(self.soft_label)} shares with the sum {total:.4g}, "
-                    f"not {count} with the sum 1"
-                )
-        if len(set(self.slices)) < len(self.slices) or ALL_CASES in self.slices:
-            raise ValueError(f"slices = {list(self.slices)} repeats one, or uses {ALL_CASES!r}")
-        return self
+SUITE_FILE = "suite.jsonl"  # what a step calls a suite that it writes
 
 
 def load_suite(paths: Sequence[Path]) -> list[Case]:
@@ -105,7 +68,7 @@ def load_suite(paths: Sequence[Path]) -> list[Case]:
 def sample_cases(cases: Sequence[Case], count: int | None) -> list[Case]:
     """A stratified sample of ``count`` cases, in suite order; all of them if that is fewer.
 
-    The cases are ordered by slices, then answer, then a hash of the id, and taken at equal
+    The cases are ordered by slices, kind, then answer, then a hash of the id, and taken at equal
     distances (systematic sampling), so every stratum is represented in proportion.  The choice
     depends on nothing but the cases: every artifact gets the same ones.
     """
@@ -116,8 +79,8 @@ def sample_cases(cases: Sequence[Case], count: int | None) -> list[Case]:
     return [cases[i] for i in taken]
 
 
-def _stratum(case: Case) -> tuple[tuple[str, ...], int, str]:
-    return case.slices, case.answer, hashlib.sha256(case.id.encode()).hexdigest()
+def _stratum(case: Case) -> tuple[tuple[str, ...], str, int, str]:
+    return case.slices, case.kind, case.stratum, hashlib.sha256(case.id.encode()).hexdigest()
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
@@ -144,22 +107,29 @@ def _parse(line: str, where: str) -> Case | InputError:
         return InputError(f"is not JSON ({error})", where=where, hint=hint)
     if not isinstance(fields, dict):
         return InputError(f"is {type(fields).__name__}, not a JSON object", where=where)
-    kind = fields.get("kind")
-    if kind != "choice":
+    if fields.get("draft") is not None:
         return InputError(
-            f"kind = {json.dumps(kind)} cannot be scored",
+            "is a draft that nobody has checked",
             where=where,
-            hint='this version scores cases of the kind "choice"',
+            hint="see to what its `draft` key says, complete the case, then remove the key",
+        )
+    kind = fields.get("kind")
+    model = KINDS.get(kind) if isinstance(kind, str) else None
+    if model is None:
+        return InputError(
+            f"kind = {_short(kind)} cannot be scored",
+            where=where,
+            hint=f"this version scores cases of the kinds {', '.join(KINDS)}",
         )
     try:
-        return Case.model_validate_json(line, strict=True)
+        return model.model_validate_json(line, strict=True)
     except ValidationError as error:
-        return _invalid(error, where)
+        return _invalid(error, where, model)
 
 
-def _invalid(error: ValidationError, where: str) -> InputError:
+def _invalid(error: ValidationError, where: str, model: type[Case]) -> InputError:
     """Every wrong key of one line, as one problem."""
-    parts, keys = [], sorted(Case.model_fields)
+    parts, keys = [], sorted(model.model_fields)
     for item in error.errors(include_url=False):
         message = item["msg"].removeprefix("Value error, ")
         if not item["loc"]:
