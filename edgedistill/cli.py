@@ -199,6 +199,33 @@ def schema() -> None:
 
 
 @app.command()
+def verify(
+    paths: Annotated[
+        list[Path], typer.Argument(help="Artifacts, or files that others made.", metavar="PATH...")
+    ],
+    against: Annotated[
+        str | None,
+        typer.Option("--against", help="The student that they should be.", metavar="STUDENT"),
+    ] = None,
+    page: Annotated[
+        Path | None, typer.Option("--page", help="Write the matrix as one page.", metavar="HTML")
+    ] = None,
+    threads: Annotated[int, typer.Option("--threads", min=1, max=256)] = 2,
+    cache: CacheOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Re-check artifacts from their manifests, or hold any files against a student."""
+
+    def run() -> int:
+        from edgedistill.recheck import Verifier, show
+
+        verifier = Verifier((cache or default_cache()).absolute(), threads)
+        return show(verifier.recheck(paths, against), page, as_json=as_json)
+
+    _run(run)
+
+
+@app.command()
 def evaluate(
     artifact: Annotated[
         Path, typer.Argument(help="A GGUF, ONNX or Core ML model.", metavar="ARTIFACT")

@@ -32,6 +32,14 @@ FAMILIES: dict[str, _Family] = {
     "qwen3": _Family(qk_norm=True),
 }
 ACTIVATIONS: dict[str, Literal["silu"]] = {"silu": "silu", "swish": "silu"}
+# Beyond any model; a damaged config must not make us list tensors without end.
+MOST_LAYERS, LARGEST_SIZE = 4096, 1 << 31
+LLAMA3_KEYS = (
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+)
 
 
 @dataclass(frozen=True)
@@ -176,26 +184,30 @@ class DecoderFacts:
             return cls._read(kind, config, where)
         except KeyError as error:
             raise InputError(f"has no {error}", where=where) from error
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise InputError(f"has a value of the wrong kind ({error})", where=where) from error
 
     @classmethod
     def _read(cls, kind: str, config: dict[str, Any], where: str) -> DecoderFacts:
         family = FAMILIES[kind]
         _refuse_unknown(config, where)
-        heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
+        heads, hidden = _size(config, "num_attention_heads"), _size(config, "hidden_size")
+        kv_heads = _size(config, "num_key_value_heads", heads)
+        head_dim = _size(config, "head_dim", hidden // heads)
+        if heads % kv_heads or head_dim % 2:
+            raise ValueError(f"{heads} heads share {kv_heads} key heads of {head_dim}")
         bias = bool(config.get("attention_bias")) if kind in ("llama", "qwen3") else False
         return cls(
             family=kind,
-            layers=int(config["num_hidden_layers"]),
+            layers=_size(config, "num_hidden_layers", most=MOST_LAYERS),
             hidden_size=hidden,
-            ffn_size=int(config["intermediate_size"]),
+            ffn_size=_size(config, "intermediate_size"),
             heads=heads,
-            kv_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or hidden // heads),
-            vocab_size=int(config["vocab_size"]),
-            max_context_tokens=int(config["max_position_embeddings"]),
-            norm_eps=float(config["rms_norm_eps"]),
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            vocab_size=_size(config, "vocab_size"),
+            max_context_tokens=_size(config, "max_position_embeddings"),
+            norm_eps=_positive(config, "rms_norm_eps"),
             rope=_read_rope(config, where),
             activation=ACTIVATIONS[config.get("hidden_act", "silu")],
             qk_norm=family.qk_norm,
@@ -203,6 +215,23 @@ class DecoderFacts:
             output_bias=family.output_bias or bias,
             tied_embeddings=bool(config.get("tie_word_embeddings", False)),
         )
+
+
+def _size(
+    config: dict[str, Any], key: str, default: int | None = None, *, most: int = LARGEST_SIZE
+) -> int:
+    """A number of something: a whole one from 1 to ``most``; None or 0 is the default's turn."""
+    value = config[key] if default is None else config.get(key) or default
+    if int(value) != value or not 1 <= value <= most:
+        raise ValueError(f"{key} is {value!r}, not a whole number from 1 to {most}")
+    return int(value)
+
+
+def _positive(config: dict[str, Any], key: str) -> float:
+    value = float(config[key])
+    if not 0.0 < value < math.inf:
+        raise ValueError(f"{key} is {value!r}, not a number above 0")
+    return value
 
 
 def _refuse_unknown(config: dict[str, Any], where: str) -> None:
@@ -222,10 +251,15 @@ def _refuse_unknown(config: dict[str, Any], where: str) -> None:
 def _read_rope(config: dict[str, Any], where: str) -> Rope:
     # transformers 5 writes rope_parameters, transformers 4 rope_theta beside rope_scaling.
     parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    theta = float(parameters.get("rope_theta", config.get("rope_theta", 10000.0)))
+    stated = parameters.get("rope_theta", config.get("rope_theta", 10000.0))
+    theta = _positive({"rope_theta": stated}, "rope_theta")
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind == "default":
         return Rope(theta)
     if kind not in ("linear", "llama3"):
         raise InputError(f"rope_type {kind!r} is not supported yet", where=where)
+    keys = ("factor",) if kind == "linear" else LLAMA3_KEYS
+    scaling = {key: _positive(parameters, key) for key in keys}
+    if kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
+        raise ValueError("high_freq_factor is not above low_freq_factor")
     return Rope(theta, parameters | {"rope_type": kind})

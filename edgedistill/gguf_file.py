@@ -87,6 +87,8 @@ class GgufFile:
         """The tensor's bytes as stored, a row of the tensor a row: uint8 [..., bytes of a row]."""
         tensor = self.tensors[name]
         shape = (*tensor.shape[:-1], tensor.size_bytes // max(1, math.prod(tensor.shape[:-1])))
+        if tensor.size_bytes == 0:
+            return np.zeros(shape, dtype=np.uint8)
         return np.memmap(self.path, np.uint8, "r", tensor.start, shape)
 
     def read(self, name: str) -> npt.NDArray[np.float32]:

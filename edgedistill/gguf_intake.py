@@ -95,7 +95,7 @@ def _refuse_parts(file: GgufFile) -> None:
     if kind != "model":
         raise InputError(f"is a GGUF of the type {kind!r}, not a model", where=str(file.path))
     parts = file.metadata.get("split.count", 1)
-    if parts > 1:
+    if not isinstance(parts, int) or parts > 1:
         raise InputError(
             f"is one of {parts} parts of a split GGUF",
             where=str(file.path),
@@ -124,7 +124,7 @@ def _check_tensors(file: GgufFile, facts: DecoderFacts) -> None:
 
 def _config(file: GgufFile) -> dict[str, Any]:
     architecture = file.metadata.get("general.architecture")
-    if architecture not in MODEL_CLASSES:
+    if not isinstance(architecture, str) or architecture not in MODEL_CLASSES:
         raise InputError(
             f"its architecture is {architecture!r}",
             where=str(file.path),
@@ -213,8 +213,11 @@ def _rope_fields(file: GgufFile, stated: _Stated) -> dict[str, Any]:
 
 def _llama3_scaling(file: GgufFile, theta: float) -> dict[str, Any]:
     stored = file.read(ROPE_DIVISORS)
+    if stored.ndim != 1 or stored.size == 0 or not stored.max() > 0:
+        raise InputError(f"{ROPE_DIVISORS} holds no divisors", where=str(file.path))
     scaling = {"rope_type": "llama3", "factor": float(stored.max()), **LLAMA3_BANDS}
-    if not np.allclose(Rope(theta, scaling).frequency_divisors(2 * stored.size), stored, rtol=1e-5):
+    wanted = Rope(theta, scaling).frequency_divisors(2 * stored.size)
+    if not np.allclose(wanted, stored, rtol=1e-5):
         raise InputError(
             f"{ROPE_DIVISORS} is not Llama 3.1's scaling of the rotary frequencies",
             where=str(file.path),

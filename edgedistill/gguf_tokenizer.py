@@ -63,7 +63,8 @@ def adds_bos(metadata: dict[str, Any], where: str) -> bool:
 def special_id(metadata: dict[str, Any], role: str) -> int | None:
     """The id of ``bos``, ``eos``, ``eot``, ``eom``, ``unknown`` or ``padding``, if it is stated."""
     value = metadata.get(f"tokenizer.ggml.{role}_token_id")
-    count = len(metadata.get("tokenizer.ggml.tokens", ()))
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    count = len(tokens) if isinstance(tokens, list) else 0
     return value if isinstance(value, int) and 0 <= value < count else None
 
 
@@ -71,6 +72,8 @@ def _tokens_and_types(metadata: dict[str, Any], where: str) -> tuple[list[str], 
     tokens, types = (metadata.get(f"tokenizer.ggml.{k}") for k in ("tokens", "token_type"))
     if not isinstance(tokens, list) or not isinstance(types, list) or len(tokens) != len(types):
         raise InputError("has no tokens, or not one type for each", where=where)
+    if not all(isinstance(token, str) for token in tokens):
+        raise InputError("lists tokens that are not text", where=where)
     if len(set(tokens)) != len(tokens):
         raise InputError("lists a token twice", where=where)
     strange = sorted(set(types) - set(KNOWN_TYPES))

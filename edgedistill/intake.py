@@ -50,7 +50,15 @@ def resolve_student(source: str, base: Path) -> Path:
             f"{source!r} is of no known kind",
             hint="a directory, a .gguf file, pkg://package/file.gguf or hf://org/name@REVISION",
         )
-    return _check_kind(base / Path(source).expanduser())
+    return _check_kind(base / from_home(Path(source)))
+
+
+def from_home(path: Path) -> Path:
+    """``~`` and ``~user`` filled in; of a user that there is not, the path stays as it is."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return path
 
 
 def read_facts(source: Path) -> DecoderFacts:

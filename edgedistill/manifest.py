@@ -21,6 +21,7 @@ from edgedistill.results import (
     Document,
     FieldQuality,
     FloorCheck,
+    GoldenVector,
     LoweredClause,
     SliceQuality,
     Verdict,
@@ -73,6 +74,7 @@ class Manifest(Document):
     """The contents of ``manifest.json``; it names no time and no place, so equal means equal.
 
     Attributes:
+        golden: what the artifact says, so that a device can prove that it runs this one.
         router: the confidence from which the app may trust the artifact.
         floor: that it was held to, on all cases; ``slices`` the capability spec.
         floor_lowered: clauses that earlier releases were held to more strictly.
@@ -101,6 +103,7 @@ class Manifest(Document):
     quality: Quality | None
     budget: list[BudgetCheck]
     bench: Bench | None
+    golden: tuple[GoldenVector, ...] = ()
     router: Router | None = None
     floor: Floor | None = None
     slices: dict[str, SliceSpec] = Field(default={})
@@ -155,15 +158,21 @@ def make_manifest(
         files=artifact_files(record),
         lineage=[_lineage_step(step) for step in lineage],
         libraries={n: v for step in lineage for n, v in step.code.libraries.items()},
-        verification=report.verification,
+        verification=_without_golden(report.verification),
         quality=_quality(report),
         budget=report.budget,
         bench=report.bench,
+        golden=tuple(report.verification.golden) if report.verification else (),
         router=report.evaluation.router if report.evaluation else None,
         floor=recipe.floor,
         slices=recipe.slices,
         floor_lowered=list(lowered),
     )
+
+
+def _without_golden(verification: Verification | None) -> Verification | None:
+    """The manifest has a place of its own for golden vectors."""
+    return verification.model_copy(update={"golden": []}) if verification else None
 
 
 def _quality(report: ArtifactReport) -> Quality | None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from edgedistill.errors import InputError
 from edgedistill.mil_ops import KERNELS, Kernel
-from edgedistill.mil_package import Constant, Operation, Package, read_package
+from edgedistill.mil_package import DAMAGE, Constant, Operation, Package, read_package
 from edgedistill.mil_states import last_uses, state_name, states_in_place
 
 Precision = Literal["float16", "float32"]
@@ -74,12 +74,20 @@ class Interpreter:
         self.package: Package = read_package(package)
         self.precision = precision
         self._operands = _Operands(self.package, precision, held_bytes)
-        self._in_place = states_in_place(self.package)
-        self._steps = self._plan()
+        try:
+            self._in_place = states_in_place(self.package)
+            self._steps = self._plan()
+        except (*DAMAGE, RuntimeError) as error:  # torch raises the latter
+            raise InputError(
+                f"has ops that do not fit together ({error!r})", where=str(package)
+            ) from error
 
     def new_state(self) -> State:
         """Zeroed states, as ``MLModel.makeState`` gives them: float32 tensors."""
-        return {name: torch.zeros(shape) for name, (_, shape) in self.package.states.items()}
+        try:
+            return {n: torch.zeros(shape) for n, (_, shape) in self.package.states.items()}
+        except RuntimeError as error:
+            raise InputError(f"its states do not fit into memory ({error})") from error
 
     @torch.inference_mode()
     def run(
@@ -99,12 +107,10 @@ class Interpreter:
         """
         values = self._checked(inputs)
         for step in self._steps:
-            if step.kernel is None:
-                self._touch_state(step.op, values, state)
-            else:
-                self._compute(step, step.kernel, values)
-            for name in step.frees:
-                del values[name]
+            self._run(step, values, state)
+        missing = set(self.package.outputs) - set(values)
+        if missing:
+            raise InputError(f"computes no {min(missing)}", where=str(self.package.path))
         return {
             name: values[name].to(torch.float32).numpy(force=True) for name in self.package.outputs
         }
@@ -127,6 +133,21 @@ class Interpreter:
                 )
             values[name] = _as_tensor(array)
         return values
+
+    def _run(self, step: _Step, values: dict[str, Tensor], state: State) -> None:
+        try:
+            if step.kernel is None:
+                self._touch_state(step.op, values, state)
+            else:
+                self._compute(step, step.kernel, values)
+            for name in step.frees:
+                del values[name]
+        except (*DAMAGE, RuntimeError) as error:
+            raise InputError(
+                f"{step.op.kind} of {', '.join(step.op.outputs)} cannot be computed ({error!r})",
+                where=str(self.package.path),
+                hint="the package is damaged: export it again",
+            ) from error
 
     def _compute(self, step: _Step, kernel: Kernel, values: dict[str, Tensor]) -> None:
         arguments = dict(step.fixed)

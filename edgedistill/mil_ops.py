@@ -20,6 +20,9 @@ from edgedistill.errors import InputError
 
 Rounding = Callable[[Tensor], Tensor]
 
+# Elements of a tiled tensor; a mask is what gets tiled.
+MOST_TILED = 1 << 31
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -162,7 +165,10 @@ def concat(values: Sequence[Tensor], axis: Tensor, interleave: Tensor) -> Tensor
 
 def tile(x: Tensor, reps: Tensor) -> Tensor:
     """Repeat x as a whole, ``reps[i]`` times along dimension i."""
-    return x.repeat(ints(reps))
+    times = ints(reps)
+    if min(times, default=1) < 1 or x.numel() * math.prod(times) > MOST_TILED:
+        raise InputError(f"tile: {tuple(x.shape)} repeated {times} times")
+    return x.repeat(times)
 
 
 def _indices(

@@ -7,6 +7,7 @@ https://github.com/apple/coremltools, read with coremltools' generated classes.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,17 @@ from edgedistill.quiet_coremltools import import_coremltools
 
 Array = npt.NDArray[Any]
 
+# What parts that contradict each other, or are not there, make a reader raise.
+DAMAGE = (
+    AttributeError,
+    LookupError,
+    OverflowError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+# A shape is taken for true up to this many elements: 16 GB of float16.
+MOST_ELEMENTS = 1 << 33
 # MIL.proto's DataType -> (name, numpy dtype that holds it, bits of one stored element)
 DATA_TYPES: dict[int, tuple[str, str, int]] = {
     1: ("bool", "?", 8),
@@ -51,14 +63,14 @@ class Constant:
         if isinstance(self.stored, str):
             return np.array(self.stored, dtype=object)
         _, numpy_dtype, bits = _BY_NAME[self.dtype]
-        count = int(np.prod(self.shape, dtype=np.int64))
+        count = math.prod(self.shape)
         if bits >= 8:
             flat = self.stored.view(numpy_dtype)
         else:
             flat = _unpack(self.stored, bits)
             if self.dtype.startswith("int"):  # two's complement of that width
                 flat = (flat << np.uint8(8 - bits)).view(np.int8) >> np.int8(8 - bits)
-        if flat.size < count:
+        if min(self.shape, default=0) < 0 or flat.size < count:
             raise InputError(f"a constant of shape {self.shape} has {flat.size} values")
         return flat[:count].reshape(self.shape)
 
@@ -109,9 +121,18 @@ def read_package(path: Path) -> Package:
         UnavailableError: coremltools, whose protobuf classes read it, is not installed.
     """
     spec = _read_spec(path)
+    try:
+        return _read_program(path, spec)
+    except DAMAGE as error:
+        raise _damaged(path, error) from error
+
+
+def _read_program(path: Path, spec: Any) -> Package:
     function = spec.mlProgram.functions.get("main")
     if function is None or len(spec.mlProgram.functions) != 1:
         raise InputError("is not an ML program of one function", where=str(path))
+    if function.opset not in function.block_specializations:
+        raise InputError("is a program without its block of operations", where=str(path))
     block = function.block_specializations[function.opset]
     weights = _Weights(path / "Data" / "com.apple.CoreML")
     constants: dict[str, Constant] = {}
@@ -139,14 +160,21 @@ def _read_spec(path: Path) -> Any:
     try:
         manifest = json.loads((path / "Manifest.json").read_text(encoding="utf-8"))
         entry = manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]
-        model.ParseFromString((path / "Data" / entry["path"]).read_bytes())
+        program = Path(entry["path"])
+        if program.is_absolute() or ".." in program.parts:
+            raise InputError(f"names a program outside: {program}", where=str(path))
+        model.ParseFromString((path / "Data" / program).read_bytes())
     except OSError as error:
         raise InputError(f"is not an mlpackage ({error.strerror})", where=str(path)) from error
-    except (ValueError, KeyError, TypeError, DecodeError) as error:
-        raise InputError(
-            f"is a damaged mlpackage ({error!r})", where=str(path), hint="export it again"
-        ) from error
+    except (*DAMAGE, DecodeError) as error:
+        raise _damaged(path, error) from error
     return model
+
+
+def _damaged(path: Path, error: Exception) -> InputError:
+    return InputError(
+        f"is a damaged mlpackage ({error!r})", where=str(path), hint="export it again"
+    )
 
 
 class _Weights:
@@ -212,6 +240,8 @@ def _state_spec(feature: Any, function: Any) -> tuple[str, tuple[int, ...]]:
         if declared.name == feature.name:
             tensor = declared.type.stateType.wrappedType.tensorType
             shape = tuple(int(d.constant.size) for d in tensor.dimensions)
+            if min(shape, default=0) < 1 or math.prod(shape) > MOST_ELEMENTS:
+                raise InputError(f"the state {feature.name} has the shape {shape}")
             return _dtype_name(tensor.dataType), shape
     raise InputError(f"the state {feature.name} is no input of the program")
 

@@ -24,7 +24,8 @@ def last_uses(package: Package) -> dict[str, int]:
 def state_name(op: Operation) -> str:
     """The state that a ``read_state`` or ``write_state`` names."""
     name = op.inputs["input"][0]
-    assert isinstance(name, str)
+    if not isinstance(name, str):
+        raise TypeError(f"{op.kind} reads a constant")
     return name
 
 

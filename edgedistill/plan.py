@@ -198,7 +198,9 @@ class _Planner:
             "weights_judge": self._judge(label.partition("/")[0], student),
         }
         if self._reference is not self._taken_in:
-            inputs["base_judge"] = self._judge("student before adapters", self._taken_in)
+            inputs["base_judge"] = self._judge(
+                "student before adapters", self._taken_in, long=False
+            )
         task = Verify(
             format=name,
             runtime=runtime,
@@ -207,9 +209,14 @@ class _Planner:
         )
         return self._step(f"{label}: verify", task, **inputs)
 
-    def _judge(self, label: str, student: Step) -> Step:
+    def _judge(self, label: str, student: Step, *, long: bool = True) -> Step:
         recipe = self._recipe
-        task = JudgeLogits(texts=recipe.texts, chat=recipe.chat, threads=self._threads)
+        task = JudgeLogits(
+            texts=recipe.texts,
+            chat=recipe.chat,
+            threads=self._threads,
+            context_tokens=recipe.context_tokens if long else None,
+        )
         return self._step(f"{label}: float32 logits", task, student=student)
 
     def _score_reference(self) -> Step:

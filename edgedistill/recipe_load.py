@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails
 from edgedistill.content import map_paths
 from edgedistill.decoder import DecoderFacts
 from edgedistill.errors import EdgedistillError, RecipeError, UsageError
-from edgedistill.intake import is_remote, read_facts, resolve_student
+from edgedistill.intake import from_home, is_remote, read_facts, resolve_student
 from edgedistill.plugins import did_you_mean, load_plugin, plugin_names
 from edgedistill.recipe import Recipe, StageStep
 from edgedistill.recipe_check import Finding, check_recipe
@@ -98,7 +98,7 @@ def load_recipe(path: Path, student: str | None = None) -> LoadedRecipe:
 
 
 def _absolute(recipe: Recipe, base: Path) -> Recipe:
-    changed: Recipe = map_paths(recipe, lambda p: base.absolute() / p.expanduser())
+    changed: Recipe = map_paths(recipe, lambda p: base.absolute() / from_home(p))
     return changed
 
 
@@ -233,4 +233,4 @@ def _problem(document: YamlDocument, finding: Finding) -> UsageError:
 
 def _line(problem: UsageError) -> int:
     number = (problem.where or "").rpartition(":")[2]
-    return int(number) if number.isdigit() else 0
+    return int(number) if number.isdecimal() else 0

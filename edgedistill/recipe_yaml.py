@@ -19,6 +19,10 @@ from edgedistill.errors import UsageError
 Key = str | int
 Place = tuple[Key, ...]
 
+# Longer ones count as floating-point numbers.
+LONGEST_INTEGER = 40
+MOST_LEVELS = 64
+
 _NULL = re.compile(r"~|null|Null|NULL|")
 _BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
 _INT = re.compile(r"[-+]?[0-9]+")
@@ -77,7 +81,9 @@ def dotted(place: Place) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Composes nodes only; an alias or a tag is refused where it stands."""
+    """Composes nodes only; an alias, a tag or a bottomless nesting is refused where it stands."""
+
+    _level = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()  # type: ignore[no-untyped-call]
@@ -86,7 +92,15 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.MarkedYAMLError(
                     problem=f"a recipe has no {part}s ({example})", problem_mark=event.start_mark
                 )
-        return super().compose_node(parent, index)
+        if self._level == MOST_LEVELS:
+            raise yaml.MarkedYAMLError(
+                problem=f"more than {MOST_LEVELS} levels inside each other",
+                problem_mark=event.start_mark,
+            )
+        self._level += 1
+        node = super().compose_node(parent, index)
+        self._level -= 1
+        return node
 
 
 class _Reader:
@@ -132,7 +146,7 @@ class _Reader:
             return None
         if _BOOL.fullmatch(text):
             return text.lower() == "true"
-        if _INT.fullmatch(text):
+        if _INT.fullmatch(text) and len(text) <= LONGEST_INTEGER:
             return int(text)
         return float(text) if _FLOAT.fullmatch(text) else text
 

@@ -39,6 +39,21 @@ class Check(Document):
     detail: str = ""
 
 
+class GoldenVector(Document):
+    """What an artifact says after a prompt, greedily, for a device to repeat.
+
+    Attributes:
+        prompt: for people; ``ids`` are what the model reads.
+        steps: the tokens that follow, one by one.
+        leads: by how many logits each led the second best.
+    """
+
+    prompt: str
+    ids: list[int]
+    steps: list[int]
+    leads: list[float]
+
+
 class Verification(Document):
     """Is the artifact the model that we think it is?
 
@@ -46,6 +61,7 @@ class Verification(Document):
         against_weights: against ``transformers`` float32 on the same (dequantized) weights.
         against_reference: against ``transformers`` float32 on the reference.
         settings: of the runtime.
+        golden: what the artifact says, for a device to repeat; none where nothing leads clearly.
     """
 
     checks: list[Check]
@@ -53,6 +69,7 @@ class Verification(Document):
     against_reference: list[TextDivergence]
     settings: dict[str, str]
     limitation: str | None = None
+    golden: list[GoldenVector] = []
 
     @property
     def passed(self) -> bool:

@@ -80,7 +80,7 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
             header = json.loads(file.read(length))
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror}", where=str(path)) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _damaged(path, f"its header is not JSON ({error})") from error
     if not isinstance(header, dict):
         raise _damaged(path, "its header is not a table")
@@ -92,7 +92,7 @@ def _check_entry(path: Path, name: str, entry: Any, base: int, file_bytes: int) 
     try:
         dtype, shape = str(entry["dtype"]), tuple(int(n) for n in entry["shape"])
         begin, end = (int(n) for n in entry["data_offsets"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise _damaged(path, f"the entry of {name} is malformed") from error
     if dtype not in STORED_DTYPES:
         raise InputError(

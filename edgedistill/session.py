@@ -11,6 +11,8 @@ from typing import ClassVar, NamedTuple, Self
 import numpy as np
 import numpy.typing as npt
 
+from edgedistill.text_program import ShippedText, TextProgram
+
 Logits = npt.NDArray[np.float32]
 
 
@@ -73,6 +75,17 @@ class Session(ABC):
         Nothing is added (no BOS).  None where the runtime has no tokenizer of its own.
         """
         return None
+
+    def text_program(self, artifact: Path) -> TextProgram:
+        """What the runtime's own program makes of text; by default an app reads the files beside.
+
+        Args:
+            artifact: that was opened.
+
+        Raises:
+            InputError: the artifact's tokenizer is missing or damaged.
+        """
+        return ShippedText(artifact)
 
     @abstractmethod
     def close(self) -> None:

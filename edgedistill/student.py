@@ -207,18 +207,29 @@ def read_json(path: Path) -> dict[str, Any]:
         InputError: the file is missing or not a JSON object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text)
     except FileNotFoundError as error:
         raise InputError(
             f"there is no {path.name}",
             where=str(path.parent),
             hint="a student is a directory in the Hugging Face layout, or a GGUF file",
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"cannot be read as JSON ({error})", where=str(path)) from error
     if not isinstance(value, dict):
         raise InputError("is not a JSON object", where=str(path))
+    if "\\ud" in text.lower():
+        _refuse_half_characters(value, path)
     return value
+
+
+def _refuse_half_characters(value: dict[str, Any], path: Path) -> None:
+    """JSON may spell half of a surrogate pair, which no file could be written with."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError("holds text that is not Unicode", where=str(path)) from error
 
 
 def write_json(path: Path, value: Any) -> None:

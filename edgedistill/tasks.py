@@ -107,10 +107,15 @@ class Export(Task):
 
 
 class JudgeLogits(Task):
-    """What ``transformers`` in float32 says on the texts, with a student's weights."""
+    """What ``transformers`` in float32 says on the texts, with a student's weights.
+
+    Attributes:
+        context_tokens: the length of one long prompt that it reads too; None leaves it out.
+    """
 
     texts: dict[str, Path]
     chat: Chat
+    context_tokens: int | None = None
 
     def run(self, inputs: Mapping[str, Path], dst: Path) -> None:
         """Reads ``student``."""
@@ -118,7 +123,14 @@ class JudgeLogits(Task):
         from edgedistill.verify.texts import load_texts
 
         texts = load_texts(self.texts)
-        write_judge_logits(inputs["student"], texts, dst, chat=self.chat, threads=self.threads)
+        write_judge_logits(
+            inputs["student"],
+            texts,
+            dst,
+            chat=self.chat,
+            threads=self.threads,
+            context_tokens=self.context_tokens,
+        )
 
 
 class Verify(Task):

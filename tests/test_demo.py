@@ -40,7 +40,14 @@ def _judged(student: Path, root: Path) -> Rung:
     judge = root / f"judge-{student.name}"
     judge.mkdir()
     chat = Chat(system="Rate the sentiment.")
-    write_judge_logits(student, load_texts({}), judge, chat=chat, threads=THREADS)
+    write_judge_logits(
+        student,
+        load_texts({}),
+        judge,
+        chat=chat,
+        threads=THREADS,
+        context_tokens=CONTEXT,
+    )
     return Rung(student, judge)
 
 

@@ -197,7 +197,7 @@ def test_tokenizer_of_the_package_cuts_as_the_students_in_both_libraries(
     import onnxruntime_genai
     from tokenizers import Tokenizer
 
-    from edgedistill.verify.tokenizer import HARD_STRINGS
+    from edgedistill.verify.strings import HARD_STRINGS
 
     artifact = export(tiny("llama"), tmp_path / "o")
     own, shipped = (

@@ -60,7 +60,7 @@ def bench(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory)
     made = Bench(rewrite(base, root / "student", adapt), base, root / "judge", root / "base")
     for student, judge in ((made.student, made.judge), (made.base, made.base_judge)):
         judge.mkdir()
-        write_judge_logits(student, TEXTS, judge, chat=Chat(), threads=2)
+        write_judge_logits(student, TEXTS, judge, chat=Chat(), threads=1, context_tokens=CONTEXT)
     return made
 
 
@@ -94,7 +94,10 @@ def test_a_good_artifact_passes_every_check(bench: Bench, tmp_path: Path, format
     assert {c.name.split(":")[0] for c in verification.checks} == {
         "logits",
         "cache",
+        "positions",
         "tokenizer",
+        "template",
+        "tokens",
         "adapter",
     }
     assert [t.text for t in verification.against_weights] == list(TEXTS)
@@ -176,7 +179,7 @@ def test_a_quantized_artifact_is_judged_on_its_own_weights(
     quantized.mkdir()
     judge.mkdir()
     QuantizeRtn(bits=4, embeddings=GridChoice(bits=8)).run(bench.student, quantized)
-    write_judge_logits(quantized, TEXTS, judge, chat=Chat(), threads=2)
+    write_judge_logits(quantized, TEXTS, judge, chat=Chat(), threads=1, context_tokens=CONTEXT)
     artifact = tmp_path / "artifact"
     artifact.mkdir()
     load_plugin("exporters", format_name)().export(

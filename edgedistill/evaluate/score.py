@@ -35,6 +35,7 @@ TIMING_FILE = "timing.json"
 # What a batch of its own costs, in tokens: about a decoded token of a small model.
 SPLIT_TOKENS = 64
 DECIMALS = 6  # of a log-probability: float32 logits carry no more
+LONGEST_SECONDS = 1e9  # thirty years
 
 LogProbs = npt.NDArray[np.float64]
 
@@ -307,5 +308,12 @@ def log_probs_of(scores: Mapping[str, Score]) -> dict[str, LogProbs]:
 
 
 def read_seconds(directory: Path) -> float:
-    """How long the scoring took, in seconds."""
-    return float(read_json(directory / TIMING_FILE)["seconds"])
+    """How long the scoring took, in seconds.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
+    seconds = read_json(directory / TIMING_FILE).get("seconds")
+    if not isinstance(seconds, int | float) or not 0 <= seconds < LONGEST_SECONDS:
+        raise InputError(f"seconds is {seconds!r}", where=str(directory / TIMING_FILE))
+    return float(seconds)

@@ -95,6 +95,8 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
         raise InputError(
             f"the suite is not UTF-8 (byte {error.start})", where=str(path), hint="convert it"
         ) from error
+    except ValueError as error:
+        raise InputError(f"is no file's name ({error})", where=repr(str(path))) from error
 
 
 def _parse(line: str, where: str) -> Case | InputError:

@@ -185,11 +185,17 @@ class _InterpreterPredictor:
         described = self._interpreter.package
         if set(described.inputs) != {"input_ids", "causal_mask", "logit_positions"}:
             raise InputError(f"takes {sorted(described.inputs)}", where=str(package))
-        self.context_tokens = described.inputs["input_ids"].largest[1]
+        ids = described.inputs["input_ids"].largest
+        if len(ids) != 2 or described.outputs != ("logits",):
+            raise InputError(f"gives {described.outputs}, input_ids of {ids}", where=str(package))
+        self.context_tokens = ids[1]
         self.vocab_size = self.predict(_probe()).shape[-1]
 
     def predict(self, inputs: dict[str, npt.NDArray[Any]]) -> Logits:
-        logits: Logits = self._interpreter.run(inputs, self._state)["logits"][0]
+        found = self._interpreter.run(inputs, self._state)["logits"]
+        if found.ndim != 3 or found.shape[:2] != (1, inputs["logit_positions"].size):
+            raise InputError(f"gives logits of the shape {found.shape}")
+        logits: Logits = found[0]
         return logits
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from edgedistill.errors import InputError, StageError, UnavailableError, UsageError
 from edgedistill.gguf_file import GgufFile
+from edgedistill.gguf_text import GgufText
 from edgedistill.session import Agreement, Logits, Runtime, Session
 
 WEIGHTS_FILE = "model.gguf"
@@ -153,16 +154,11 @@ class LlamaCppSession(Session):
 
     def tokenize(self, text: str) -> list[int]:
         """Ids by the tokenizer in the file, special tokens parsed, nothing added."""
-        data = text.encode("utf-8")
-        room = len(data) + 1
-        while True:
-            ids = (ctypes.c_int32 * room)()
-            count = self._library.llama_tokenize(
-                self._vocab, data, len(data), ids, room, False, True
-            )
-            if count >= 0:
-                return ids[:count]
-            room = -count
+        return self.text_program().ids(text)
+
+    def text_program(self, artifact: Path | None = None) -> GgufText:
+        """See :class:`Session`; all of it lies in the file that is open."""
+        return GgufText(self._library, self._model)
 
     def close(self) -> None:
         """Free batch, context and model, once."""

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgedistill.errors import InputError, StageError, UsageError
+from edgedistill.genai_text import GenaiText, open_tokenizer
 from edgedistill.onnx_package import (
     CONFIG_FILE,
     DATA_FILE,
@@ -148,8 +149,12 @@ class OnnxSession(Session):
     def tokenize(self, text: str) -> list[int] | None:
         """Ids by ``onnxruntime-genai``'s tokenizer, which reads the package's own files."""
         if self._tokenizer is None:
-            self._tokenizer = _open_tokenizer(self._artifact)
+            self._tokenizer = open_tokenizer(self._artifact, adds=False)
         return [int(i) for i in self._tokenizer.encode(text)]
+
+    def text_program(self, artifact: Path) -> GenaiText:
+        """See :class:`Session`."""
+        return GenaiText(artifact)
 
     def close(self) -> None:
         """Free the model and its cache."""
@@ -224,11 +229,17 @@ def _load(artifact: Path, threads: int, accuracy_level: int | None) -> Any:
     return model
 
 
-def _shape_of(model: Any, context_tokens: int) -> _Shape:
-    """By the graph's own inputs and outputs, but for the context, which it does not state."""
+def _shape_of(model: Any, context_tokens: int) -> _Shape | None:
+    """By the graph's own inputs and outputs, but for the context, which it does not state.
+
+    None where those are not a decoder's.
+    """
     keys = [v.shape for v in model.get_inputs() if v.name.endswith(".key")]
+    logits = model.get_outputs()[0].shape
+    if not keys or len(keys[0]) != 4 or len(logits) != 3:
+        return None
     _, kv_heads, _, head_dim = keys[0]
-    return _Shape(len(keys), kv_heads, head_dim, model.get_outputs()[0].shape[-1], context_tokens)
+    return _Shape(len(keys), kv_heads, head_dim, logits[-1], context_tokens)
 
 
 def _with_accuracy_level(path: Path, level: int) -> bytes:
@@ -255,24 +266,8 @@ def _read_shape(path: Path) -> _Shape:
             vocab_size=int(model["vocab_size"]),  # type: ignore[index]
             context_tokens=int(model["context_length"]),  # type: ignore[index]
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError(f"does not describe a decoder ({error!r})", where=str(path)) from error
-
-
-def _open_tokenizer(artifact: Path) -> Any:
-    try:
-        import onnxruntime_genai
-    except ModuleNotFoundError as error:
-        raise not_installed(error) from error
-    onnxruntime_genai.disable_telemetry_events()
-    try:
-        tokenizer = onnxruntime_genai.Tokenizer(str(artifact))
-        tokenizer.update_options(add_special_tokens="false")
-    except RuntimeError as error:
-        raise InputError(
-            f"onnxruntime-genai does not take its tokenizer: {error}", where=str(artifact)
-        ) from error
-    return tokenizer
 
 
 def _runtime_errors() -> tuple[type[Exception], ...]:

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-
 from edgedistill.errors import StageError
 from edgedistill.plugins import load_plugin
-from edgedistill.progress import progress_bar, track
+from edgedistill.progress import progress_bar
 from edgedistill.results import Check, TextDivergence, Verification
 from edgedistill.session import Agreement, Runtime, Session
 from edgedistill.student import Student
-from edgedistill.verify.divergence import AdapterEffect, Divergence, kl_divergence, log_softmax
-from edgedistill.verify.judge import JudgedText, read_judge_logits
-from edgedistill.verify.tokenizer import check_tokenizer
+from edgedistill.verify.cache import check_cache
+from edgedistill.verify.divergence import AdapterEffect, Divergence, log_softmax
+from edgedistill.verify.golden import make_golden
+from edgedistill.verify.judge import (
+    LONG,
+    TWO_TURNS,
+    JudgedStretches,
+    JudgedText,
+    read_judge_logits,
+    read_judge_stretches,
+)
+from edgedistill.verify.lint import lint_artifact
+from edgedistill.verify.long_positions import check_positions
+from edgedistill.verify.text import check_text
 
-PROMPT_LENGTHS = (1, 2, 63, 64, 65)
-CACHED_STEPS = 32
-# A handful of positions scatter more than the mean over a thousand.
-FEW_POSITIONS_SLACK = 10.0
 # Nearest to 1, where 0 is an adapter that is not there and 2 one that was merged twice.  What
 # rounding itself takes from the effect is reported, and judged on the suite: 0.71 at 4 bits (demo).
 ADAPTER_EFFECT_RANGE = (0.5, 1.5)
@@ -53,11 +58,18 @@ def verify_artifact(
     agreement = runtime.quantized_agreement if quantized else runtime.float_agreement
     weights, reference = read_judge_logits(weights_judge), read_judge_logits(reference_judge)
     base = read_judge_logits(base_judge) if base_judge else None
+    long = _read_long(weights_judge, context_tokens)
     _check_same_ids(weights, reference, *([base] if base else []))
     with runtime.open(artifact, context_tokens=context_tokens, threads=threads) as session:
         own, other, effect = _read_texts(session, weights, reference, base)
-        checks = [*_check_logits(own, agreement), *_check_cache(session, weights[0], agreement)]
-        checks.append(check_tokenizer(session, artifact, student))
+        turns = read_judge_stretches(weights_judge, TWO_TURNS)
+        checks = _check_logits(own, agreement)
+        checks += check_cache(session, weights[0], turns, agreement)
+        if long is not None:
+            checks.append(check_positions(session, long, agreement))
+        checks += check_text(session, artifact, student)
+        golden = make_golden(session, student)
+    checks += lint_artifact(artifact, format_name, student, context_tokens=context_tokens)
     if effect is not None:
         checks.append(_check_adapter(effect))
     return Verification(
@@ -66,6 +78,7 @@ def verify_artifact(
         against_reference=other,
         settings=runtime.settings(),
         limitation=runtime.limitation,
+        golden=golden,
     )
 
 
@@ -133,33 +146,15 @@ def _check_logits(texts: list[TextDivergence], agreement: Agreement) -> list[Che
     ]
 
 
-def _check_cache(session: Session, judged: JudgedText, agreement: Agreement) -> list[Check]:
-    """Token by token through the cache, prompts of odd lengths, and a rewound cache."""
-    ids = judged.ids[: session.context_tokens]
-    limit = agreement.kl_mean * FEW_POSITIONS_SLACK
-
-    def distance(position: int, logits: np.ndarray) -> float:
-        return float(kl_divergence(judged.log_probs[position], log_softmax(logits)))
-
-    lengths = [n for n in PROMPT_LENGTHS if n <= len(ids)]
-    prompts = []
-    for length in track(lengths, label="verifying the cache"):
-        session.reset()
-        prompts.append(distance(length - 1, session.prefill(ids[:length])))
-    last = min(lengths[-1] + CACHED_STEPS, len(ids))
-    steps = [distance(p, session.step(ids[p])) for p in range(lengths[-1], last)]
-    session.rewind(last // 2)
-    rewound = [distance(last - 1, session.prefill(ids[last // 2 : last]))]
-    return [
-        _few("cache: prompt lengths", prompts, limit, f"prompts of {lengths} tokens"),
-        _few("cache: token by token", steps, limit, f"tokens {lengths[-1]} to {last - 1}"),
-        _few("cache: rewind", rewound, limit, f"back to {last // 2}, then on to {last}"),
-    ]
-
-
-def _few(name: str, distances: list[float], limit: float, detail: str) -> Check:
-    mean = float(np.mean(distances)) if distances else 0.0
-    return Check(name=name, passed=mean <= limit, value=mean, limit=limit, detail=f"KL, {detail}")
+def _read_long(judge: Path, context_tokens: int) -> JudgedStretches | None:
+    long = read_judge_stretches(judge, LONG)
+    if long is not None and len(long.ids) > context_tokens:
+        raise StageError(
+            f"the judge read a prompt of {len(long.ids)} tokens, the artifact claims a context of "
+            f"{context_tokens}",
+            where=str(judge),
+        )
+    return long
 
 
 def _check_adapter(effect: AdapterEffect) -> Check:

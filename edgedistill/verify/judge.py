@@ -1,18 +1,12 @@
-"""The judge: ``transformers`` in float32 reads the texts, its log-probabilities are kept on disk.
+"""The judge: ``transformers`` in float32 reads the prompts, its log-probabilities are kept on disk.
 
 The judge shares no code with exporters, runtimes or ``decoder.py``.
-
-A text is read as the model is used: as the user's message of a conversation.  A model that meets a
-text without the beginning that it was trained with may be unstable by itself: on SmolLM2-135M a
-second word can come half-way to being an attention sink, as the first one is (Xiao et al. 2023,
-arXiv 2309.17453), and noise of 1 % on the embeddings then moves that position by 0.08 nats, which
-is some hundred times the mean.  Such a position says nothing of an artifact.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +15,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgedistill.chat import Chat, load_tokenizer, render_conversation
+from edgedistill.chat import Chat, load_tokenizer
 from edgedistill.errors import InputError
 from edgedistill.student import Student, dequantize_student, read_json, write_json
+from edgedistill.verify.prompts import read_as_used, read_long, read_two_turns
 
 TOKENS_PER_TEXT = 400
 IDS_FILE = "ids.json"
+# Beside the texts, whose names a recipe chooses.
+STRETCHES_FOLDER = "stretches"
+TWO_TURNS, LONG = "two_turns", "long"
+# A long prompt is read in parts, and judged on so many tokens that end at these shares of it.
+CHUNK_TOKENS = 512
+STRETCH_TOKENS = 64
+STRETCH_ENDS = (0.25, 0.5, 1.0)
 
 
 @dataclass(frozen=True)
@@ -44,17 +46,46 @@ class JudgedText:
     log_probs: npt.NDArray[np.float32]
 
 
+@dataclass(frozen=True)
+class JudgedStretches:
+    """A prompt of which the judge kept some stretches of positions.
+
+    Attributes:
+        ids: the student's own token ids, all of them.
+        stretches: positions, in order and apart from each other.
+        log_probs: float32 [positions, vocab], memory-mapped: the stretches behind each other; the
+            row of position i predicts token i + 1.
+    """
+
+    ids: list[int]
+    stretches: tuple[range, ...]
+    log_probs: npt.NDArray[np.float32]
+
+    def of(self, number: int) -> npt.NDArray[np.float32]:
+        """The log-probabilities of a stretch: float32 [positions, vocab]."""
+        start = sum(len(stretch) for stretch in self.stretches[:number])
+        return self.log_probs[start : start + len(self.stretches[number])]
+
+
 def write_judge_logits(
-    student: Path, texts: Mapping[str, str], dst: Path, *, chat: Chat, threads: int
+    student: Path,
+    texts: Mapping[str, str],
+    dst: Path,
+    *,
+    chat: Chat,
+    threads: int,
+    context_tokens: int | None = None,
 ) -> None:
-    """Write the judge's log-probabilities on the first tokens of each text.
+    """Write the judge's log-probabilities on the first tokens of each text, and what lies behind.
 
     Args:
         student: a student directory; a quantized one is dequantized for ``transformers``.
         texts: name -> text.
-        dst: receives ``ids.json`` and one float32 ``<text>.npy`` [tokens, vocab] each.
+        dst: receives ``ids.json`` and one float32 ``<text>.npy`` [tokens, vocab] each, and the
+            same for stretches of a conversation of two turns and of one long prompt.
         chat: the fixed part of the conversation that the texts are put into.
         threads: for torch.
+        context_tokens: how long the long prompt is; None leaves it out.
 
     Raises:
         InputError: a text without tokens; a chat template that refuses it.
@@ -62,45 +93,95 @@ def write_judge_logits(
     import torch
 
     torch.set_num_threads(threads)
+    tokenizer, where = load_tokenizer(student), str(student)
     longest = Student(student).facts.max_context_tokens
-    ids = {name: _ids_as_used(student, text, chat)[:longest] for name, text in texts.items()}
+    ids = {}
+    for name, text in texts.items():
+        read = read_as_used(tokenizer, text, chat, where=where)
+        ids[name] = read.ids[: min(longest, read.opening + TOKENS_PER_TEXT)]
+        if not ids[name]:
+            raise InputError(f"the text {name!r} has no tokens", where=where)
+    most = min(longest, context_tokens or longest)
+    turns = read_two_turns(tokenizer, chat, most_tokens=most, where=where)
     with open_judge(student) as model:
         for name, tokens in ids.items():
-            if not tokens:
-                raise InputError(f"the text {name!r} has no tokens", where=str(student))
-            with torch.inference_mode():
-                logits = model(torch.tensor([tokens])).logits[0].double()
-                log_probs = torch.log_softmax(logits, dim=-1).float().numpy()
-            np.save(dst / f"{name}.npy", log_probs)
-    write_json(dst / IDS_FILE, ids)
+            np.save(dst / f"{name}.npy", _log_probs(model, tokens, (range(len(tokens)),)))
+        write_json(dst / IDS_FILE, ids)
+        folder = dst / STRETCHES_FOLDER
+        folder.mkdir()
+        split = (range(turns.first_prompt, turns.cached), range(turns.cached, len(turns.ids)))
+        _write_stretches(model, folder, TWO_TURNS, turns.ids, split)
+        if context_tokens is not None:
+            long = read_long(tokenizer, texts.values(), chat, tokens=most, where=where)
+            _write_stretches(model, folder, LONG, long, stretches_of(len(long)))
 
 
-def _ids_as_used(student: Path, text: str, chat: Chat) -> list[int]:
-    """What the model reads before ``text``, and the text's first ``TOKENS_PER_TEXT`` tokens.
-
-    Without a chat template that is the beginning-of-sequence token, if the tokenizer has one.
-    """
-    tokenizer = load_tokenizer(student)
-    if tokenizer.chat_template:
-        content = text.strip()
-        message = {"role": "user", "content": content}
-        whole = render_conversation(tokenizer, [message], chat, where=str(student))
-        before = whole[: max(0, whole.find(content))]
-    else:
-        before = tokenizer.bos_token or ""
-        whole = before + text
-    opening = len(tokenizer(before, add_special_tokens=False).input_ids)
-    ids: list[int] = tokenizer(whole, add_special_tokens=False).input_ids
-    return ids[: opening + TOKENS_PER_TEXT]
+def stretches_of(tokens: int) -> tuple[range, ...]:
+    """The positions of a long prompt that are judged: all of a short one, else some stretches."""
+    if tokens * STRETCH_ENDS[0] < STRETCH_TOKENS:
+        return (range(tokens),)
+    ends = (int(tokens * share) for share in STRETCH_ENDS)
+    return tuple(range(end - STRETCH_TOKENS, end) for end in ends)
 
 
 def read_judge_logits(directory: Path) -> list[JudgedText]:
-    """What :func:`write_judge_logits` wrote, log-probabilities memory-mapped."""
+    """What :func:`write_judge_logits` wrote of the texts, log-probabilities memory-mapped."""
     ids = read_json(directory / IDS_FILE)
     return [
         JudgedText(name, tokens, np.load(directory / f"{name}.npy", mmap_mode="r"))
         for name, tokens in ids.items()
     ]
+
+
+def read_judge_stretches(directory: Path, name: str) -> JudgedStretches | None:
+    """What :func:`write_judge_logits` wrote of ``two_turns`` or ``long``; None if it did not."""
+    path = directory / STRETCHES_FOLDER / f"{name}.json"
+    if not path.is_file():
+        return None
+    described = read_json(path)
+    return JudgedStretches(
+        ids=described["ids"],
+        stretches=tuple(range(start, stop) for start, stop in described["stretches"]),
+        log_probs=np.load(path.with_suffix(".npy"), mmap_mode="r"),
+    )
+
+
+def _write_stretches(
+    model: Any, folder: Path, name: str, ids: list[int], stretches: tuple[range, ...]
+) -> None:
+    np.save(folder / f"{name}.npy", _log_probs(model, ids, stretches))
+    described = {"ids": ids, "stretches": [[s.start, s.stop] for s in stretches]}
+    write_json(folder / f"{name}.json", described)
+
+
+def _log_probs(
+    model: Any, ids: Sequence[int], stretches: tuple[range, ...]
+) -> npt.NDArray[np.float32]:
+    """float32 [positions of the stretches, vocab].
+
+    The prompt goes through the model's cache in parts, and the head sees the wanted positions
+    alone, so that memory grows with the cache and not with the square of the prompt.
+    """
+    import torch
+    from transformers import DynamicCache
+
+    cache = DynamicCache()  # no config: it keeps every token, whatever windows the model has
+    wanted = [position for stretch in stretches for position in stretch]
+    rows = []
+    with torch.inference_mode():
+        for start in range(0, len(ids), CHUNK_TOKENS):
+            chunk = list(ids[start : start + CHUNK_TOKENS])
+            kept = [p - start for p in wanted if start <= p < start + len(chunk)]
+            logits = model(
+                torch.tensor([chunk]),
+                past_key_values=cache,
+                use_cache=True,
+                # One row at least: a head without any is not defined for every model.
+                logits_to_keep=torch.tensor(kept or [len(chunk) - 1]),
+            ).logits[0]
+            if kept:
+                rows.append(torch.log_softmax(logits.double(), dim=-1).float().numpy())
+    return np.concatenate(rows)
 
 
 @contextmanager

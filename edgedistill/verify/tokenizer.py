@@ -2,69 +2,59 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import unicodedata
+from collections.abc import Iterator, Sequence
 
 from edgedistill.results import Check
-from edgedistill.session import Session
+from edgedistill.text_program import DirectoryText, TextProgram
+from edgedistill.verify.conversations import matrix_of
+from edgedistill.verify.strings import HARD_STRINGS, special_strings
 
-HARD_STRINGS = (
-    "Hello, world!",
-    "1234567890 12,345.67 3.14159 2024-02-29T23:59:60Z",
-    "7750-A x86_64 IPv6 ::1 0xDEADBEEF 1e-10 50% $1,249.99",
-    "   leading and trailing   ",
-    "tabs\tand\n\nnewlines\r\nand  double   triple    quadruple     spaces",
-    "I'm you're he'll WE'VE they'd o'clock rock'n'roll 'quoted'",
-    "def f(x):\n    return {k: v for k, v in x.items() if v != None}\n",
-    "for (int i = 0; i < n; ++i) { a[i] <<= 2; } // comment",
-    "Größe naïve café Ångström ﬁnancial ½ ² ™",
-    "你好，世界！ こんにちは 안녕하세요 สวัสดี",
-    "Здравствуйте Γειά σου مرحبا שלום नमस्ते",
-    "🙂🎉👩‍👩‍👧‍👦🏳️‍🌈 👍🏽 :-) ;( <3 ¯\\_(ツ)_/¯",
-    "zero\u200bwidth \u00a0nbsp \u2028line \ufeffbom e\u0301 combining",
-    "https://example.org/a?b=c&d=%20e#f user@example.org @handle #tag",
-    "ALLCAPS camelCase snake_case kebab-case SCREAMING_SNAKE",
-    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
-    "....,,,,;;;;!!!!????----====____####****",
-    "x" + " " * 40 + "y" + "\n" * 12 + "z",
-)
+SHOWN_IDS = 8
 
 
-def check_tokenizer(session: Session, artifact: Path, student: Path) -> Check:
-    """Ids of hard strings and of a rendered chat, by the artifact's own tokenizer.
+def check_tokenizer(student: DirectoryText, artifact: TextProgram) -> Check:
+    """Ids of hard strings, of special tokens within text, and of the student's rendered prompts.
 
-    That is the runtime's where it has one, else the ``tokenizer.json`` beside the weights.
+    Only one difference is let pass, and told: a runtime that does not bring decomposed text (e and
+    an accent as two characters) into composed form, where the student's tokenizer does.  What a
+    keyboard writes is composed.
     """
-    from transformers import AutoTokenizer
-
-    own = AutoTokenizer.from_pretrained(str(student))
-    strings = [*HARD_STRINGS, *_special_strings(own.all_special_tokens)]
-    if own.chat_template:
-        conversation = [{"role": "user", "content": text} for text in HARD_STRINGS[:2]]
-        strings += [own.apply_chat_template(conversation[:1], tokenize=False)]
-    wrong = []
-    for text in strings:
-        expected = own(text, add_special_tokens=False).input_ids
-        found = _artifact_ids(session, artifact, text)
-        if found != expected:
-            wrong.append(f"{text!r} -> {found[:12]}, not {expected[:12]}")
+    count, wrong, decomposed = 0, [], 0
+    for text in _texts(student):
+        count += 1
+        expected, found = student.ids(text), artifact.ids(text)
+        if found == expected:
+            continue
+        composed = unicodedata.normalize("NFC", text)
+        if student.normalizes and artifact.ids(composed) == expected:
+            decomposed += 1
+        else:
+            wrong.append(f"{text!r}: {_difference(found, expected)}")
+    passed = f"{count} strings and prompts, all equal by {artifact.name}"
+    if decomposed:
+        passed += f" but for {decomposed} in decomposed form, which it does not compose"
     return Check(
-        name="tokenizer: ids of hard strings",
+        name="tokenizer: ids",
         passed=not wrong,
         value=float(len(wrong)),
         limit=0.0,
-        detail=wrong[0] if wrong else f"{len(strings)} strings, all equal",
+        detail=wrong[0] if wrong else passed,
     )
 
 
-def _special_strings(special: list[str]) -> list[str]:
-    return [f"before{token}after {token} end" for token in special]
+def _texts(student: DirectoryText) -> Iterator[str]:
+    yield from HARD_STRINGS
+    yield from special_strings(student.special_strings)
+    if student.has_template():
+        prompts = (c.render_by(student) for c in matrix_of(student))
+        yield from (prompt for prompt in prompts if prompt is not None)
 
 
-def _artifact_ids(session: Session, artifact: Path, text: str) -> list[int]:
-    ids = session.tokenize(text)
-    if ids is not None:
-        return ids
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(artifact / "tokenizer.json"))
-    return list(tokenizer.encode(text, add_special_tokens=False).ids)
+def _difference(found: Sequence[int], expected: Sequence[int]) -> str:
+    """Where two lists of ids part, and how they go on."""
+    pairs = enumerate(zip(found, expected, strict=False))
+    shorter = min(len(found), len(expected))
+    at = next((i for i, (one, other) in pairs if one != other), shorter)
+    shown = slice(at, at + SHOWN_IDS)
+    return f"from id {at} on {list(found[shown])}, not {list(expected[shown])}"

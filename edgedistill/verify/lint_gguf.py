@@ -1,0 +1,138 @@
+"""What a GGUF file says of the model in it, from its header alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgedistill.errors import InputError
+from edgedistill.gguf_blocks import F16, F32, Q2_0, Q4_0, Q4_1, Q8_0
+from edgedistill.gguf_file import GgufFile, gguf_package
+from edgedistill.gguf_layout import BLOCK_NAMES, OUTER_NAMES, ROPE_DIVISORS
+from edgedistill.gguf_tokenizer import adds_bos, special_id
+from edgedistill.verify.stated import Stated, describe
+
+# Counts that the metadata state under the architecture's name.
+COUNT_KEYS = {
+    "layers": "block_count",
+    "hidden_size": "embedding_length",
+    "ffn_size": "feed_forward_length",
+    "heads": "attention.head_count",
+    "kv_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+}
+STORAGE = {
+    F32.type_id: "float32",
+    F16.type_id: "float16",
+    Q8_0.type_id: describe(8, 32, zeros=False, scales="float16"),
+    Q4_0.type_id: describe(4, 32, zeros=False, scales="float16"),
+    Q4_1.type_id: describe(4, 32, zeros=True, scales="float16"),
+    Q2_0.type_id: describe(2, 64, zeros=False, scales="float16"),
+}
+METADATA = {"name": "general.name", "licence": "general.license"}
+_EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
+
+
+def read_gguf(path: Path) -> Stated:
+    """Read the header of a GGUF file; no tensor but the rotary divisors is looked at.
+
+    Raises:
+        InputError: the file is missing, truncated or not a GGUF file.
+    """
+    file = GgufFile(path)
+    metadata = file.metadata
+    architecture = str(metadata.get("general.architecture"))
+    counts = _counts(file, architecture)
+    template = metadata.get("tokenizer.chat_template")
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    ends = (special_id(metadata, role) for role in ("eos", "eot", "eom"))
+    theta = _number(metadata, f"{architecture}.rope.freq_base")
+    return Stated(
+        counts=counts,
+        context_tokens=_whole(metadata, f"{architecture}.context_length"),
+        tied_embeddings=_HEAD not in file.tensors,
+        norm_epsilons=_some(_number(metadata, f"{architecture}.attention.layer_norm_rms_epsilon")),
+        # llama.cpp's own default, where the file says nothing
+        rope_theta=10000.0 if theta is None else theta,
+        rope_divisors=_divisors(file, architecture, counts.get("head_dim")),
+        rope_tolerance=1e-5,
+        bos_id=special_id(metadata, "bos"),
+        adds_bos=_adds_bos(metadata, str(path)),
+        end_ids=frozenset(i for i in ends if i is not None),
+        storage={checkpoint_name(n): storage_name(t.type_id) for n, t in file.tensors.items()},
+        tokens=len(tokens) if isinstance(tokens, list) else 0,
+        chat_template=template if isinstance(template, str) else None,
+        architecture=architecture,
+        metadata={n: str(metadata[k]) for n, k in METADATA.items() if k in metadata},
+    )
+
+
+def checkpoint_name(name: str) -> str:
+    """``blk.3.attn_q.weight`` -> ``model.layers.3.self_attn.q_proj.weight``; others as they are."""
+    stem, _, kind = name.rpartition(".")
+    outer = {there: here for here, there in OUTER_NAMES.items()}
+    if stem in outer:
+        return f"{outer[stem]}.{kind}"
+    parts = stem.split(".", 2)
+    inner = {there: here for here, there in BLOCK_NAMES.items()}
+    if len(parts) == 3 and parts[0] == "blk" and parts[2] in inner:
+        return f"model.layers.{parts[1]}.{inner[parts[2]]}.{kind}"
+    return name
+
+
+def storage_name(type_id: int) -> str:
+    """The block type in words where it holds one of our grids, else by ggml's name."""
+    if type_id in STORAGE:
+        return STORAGE[type_id]
+    return str(gguf_package().GGMLQuantizationType(type_id).name)
+
+
+def _counts(file: GgufFile, architecture: str) -> dict[str, int]:
+    found = {name: _whole(file.metadata, f"{architecture}.{k}") for name, k in COUNT_KEYS.items()}
+    if found["kv_heads"] is None:
+        found["kv_heads"] = found["heads"]
+    if found["head_dim"] is None and found["hidden_size"] and found["heads"]:
+        found["head_dim"] = found["hidden_size"] // found["heads"]
+    if _EMBEDDING in file.tensors:
+        found["vocab_size"] = file.tensors[_EMBEDDING].shape[0]
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _divisors(file: GgufFile, architecture: str, head_dim: int | None) -> Any:
+    """A linear factor, a tensor of divisors, or ones."""
+    if head_dim is None or not 2 <= head_dim <= 4096:
+        return None
+    if ROPE_DIVISORS in file.tensors:
+        return file.read(ROPE_DIVISORS).astype(np.float64).reshape(-1)
+    kind = str(file.metadata.get(f"{architecture}.rope.scaling.type", "none"))
+    factor = _number(file.metadata, f"{architecture}.rope.scaling.factor")
+    if kind == "none" or factor is None:
+        return np.ones(head_dim // 2)
+    # YaRN and the like are told by a factor on every frequency, which no student's has: they fail.
+    return np.full(head_dim // 2, factor)
+
+
+def _adds_bos(metadata: dict[str, Any], where: str) -> bool | None:
+    try:
+        return adds_bos(metadata, where)
+    except InputError:  # a pre-tokenizer that is not known here: only what is stated counts
+        stated = metadata.get("tokenizer.ggml.add_bos_token")
+        return stated if isinstance(stated, bool) else None
+
+
+def _whole(metadata: dict[str, Any], key: str) -> int | None:
+    value = metadata.get(key)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _number(metadata: dict[str, Any], key: str) -> float | None:
+    value = metadata.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value)
+
+
+def _some(value: float | None) -> frozenset[float]:
+    return frozenset() if value is None else frozenset({value})

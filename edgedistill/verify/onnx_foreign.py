@@ -1,0 +1,196 @@
+"""ONNX decoders that others exported, by their own inputs: those of genai's builder and optimum.
+
+Past keys and values go in and come out as arrays, so the session can be taken back to any place.
+It is for checking, not for speed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgedistill.errors import InputError, StageError, UsageError
+from edgedistill.onnx_package import CONFIG_FILE, FIRST_LOGIT, MODEL_FILE, not_installed
+from edgedistill.session import Logits, Session
+from edgedistill.student import read_json
+
+PREFILL_TOKENS = 256
+LOGIT_ROWS = 128
+DTYPES: dict[str, Any] = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+}
+_PAST, _PRESENT = "past_key_values.", "present."
+
+
+class ForeignOnnxSession(Session):
+    """A decoder with ``input_ids``, ``attention_mask``, perhaps ``position_ids``, and a cache.
+
+    Args:
+        artifact: the directory of the graph.
+        context_tokens: most tokens that it will be given.
+        threads: for ONNX Runtime.
+
+    Raises:
+        InputError: no graph, a damaged one, or inputs that are not known here.
+        UnavailableError: ONNX Runtime is not installed.
+    """
+
+    def __init__(self, artifact: Path, *, context_tokens: int, threads: int) -> None:
+        self._artifact = artifact
+        self._path = graph_file(artifact)
+        self._model, self._errors = _load(self._path, threads)
+        self._inputs = {value.name: value for value in self._model.get_inputs()}
+        self._outputs = [value.name for value in self._model.get_outputs()]
+        self._refuse_unknown()
+        self._names = [name for name in self._inputs if name.startswith(_PAST)]
+        self._past = {name: self._empty(name) for name in self._names}
+        self.context_tokens = context_tokens
+        self.position = 0
+        size = self._model.get_outputs()[self._outputs.index("logits")].shape[-1]
+        self.vocab_size = size if isinstance(size, int) else self._probe()
+
+    def prefill(self, ids: Sequence[int]) -> Logits:
+        """Append ``ids`` in parts."""
+        self._check(ids)
+        for start in range(0, len(ids), PREFILL_TOKENS):
+            last: Logits = self._run(ids[start : start + PREFILL_TOKENS])[-1]
+        return last
+
+    def stream_logits(self, ids: Sequence[int]) -> Iterator[Logits]:
+        """Append ``ids``; a graph that gives the last position alone is run token by token."""
+        self._check(ids)
+        for start in range(0, len(ids), LOGIT_ROWS):
+            chunk = ids[start : start + LOGIT_ROWS]
+            before, position = self._past, self.position
+            logits = self._run(chunk)
+            if len(logits) == len(chunk):
+                yield logits
+                continue
+            self._past, self.position = before, position
+            yield np.concatenate([self._run([token]) for token in chunk])
+
+    def rewind(self, position: int) -> None:
+        """Cut the cache."""
+        if not 0 <= position <= self.position:
+            raise UsageError(f"cannot rewind to {position}, the cache holds {self.position} tokens")
+        self._past = {name: values[:, :, :position] for name, values in self._past.items()}
+        self.position = position
+
+    def close(self) -> None:
+        """Free the model and its cache."""
+        self._model, self._past = None, {}
+
+    def _run(self, ids: Sequence[int]) -> Logits:
+        """Append tokens: float32 [rows, vocab], a row for each or for the last alone."""
+        total = self.position + len(ids)
+        given = {
+            "input_ids": np.array([ids]),
+            "attention_mask": np.ones((1, total)),
+            "position_ids": np.arange(self.position, total)[None],
+        }
+        feed = {n: v.astype(self._dtype(n)) for n, v in given.items() if n in self._inputs}
+        try:
+            results = self._model.run(None, {**feed, **self._past})
+        except self._errors as error:
+            raise StageError(f"ONNX Runtime failed: {error}", where=str(self._path)) from error
+        found = dict(zip(self._outputs, results, strict=True))
+        self._past = {name: found[name.replace(_PAST, _PRESENT)] for name in self._names}
+        self.position = total
+        logits: Logits = found["logits"][0].astype(np.float32)
+        return logits
+
+    def _probe(self) -> int:
+        size = self._run([0]).shape[-1]
+        self._past, self.position = {name: self._empty(name) for name in self._names}, 0
+        return int(size)
+
+    def _empty(self, name: str) -> npt.NDArray[Any]:
+        shape = self._inputs[name].shape
+        if len(shape) != 4 or not all(isinstance(shape[i], int) for i in (1, 3)):
+            raise InputError(f"{name} has the shape {shape}", where=str(self._path))
+        return np.zeros((1, shape[1], 0, shape[3]), dtype=self._dtype(name))
+
+    def _dtype(self, name: str) -> Any:
+        return DTYPES[self._inputs[name].type]
+
+    def _refuse_unknown(self) -> None:
+        known = {"input_ids", "attention_mask", "position_ids"}
+        for name, value in self._inputs.items():
+            cached = name.startswith(_PAST) and name.replace(_PAST, _PRESENT) in self._outputs
+            if not (name in known or cached) or value.type not in DTYPES:
+                raise InputError(
+                    f"takes the input {name} of {value.type}, which is not known here",
+                    where=str(self._path),
+                    hint="decoders of onnxruntime-genai's builder and of optimum are read",
+                )
+        if "logits" not in self._outputs or "input_ids" not in self._inputs:
+            raise InputError("is no decoder: it gives no logits", where=str(self._path))
+
+    def _check(self, ids: Sequence[int]) -> None:
+        if not ids:
+            raise UsageError("there are no tokens to append")
+        if self.position + len(ids) > self.context_tokens:
+            raise UsageError(
+                f"{self.position} + {len(ids)} tokens do not fit into a context of "
+                f"{self.context_tokens}"
+            )
+
+
+def graph_file(artifact: Path) -> Path:
+    """The graph of a directory: what ``genai_config.json`` names, ``model.onnx``, or the only one.
+
+    Raises:
+        InputError: there is none, or there are several.
+    """
+    if (artifact / CONFIG_FILE).is_file():
+        model = read_json(artifact / CONFIG_FILE).get("model")
+        decoder = model.get("decoder") if isinstance(model, dict) else None
+        name = decoder.get("filename") if isinstance(decoder, dict) else None
+        if isinstance(name, str) and Path(name).name == name and (artifact / name).is_file():
+            return artifact / name
+    found = sorted(artifact.glob("*.onnx"))
+    named = [path for path in found if path.name == MODEL_FILE] or found
+    if len(named) != 1:
+        raise InputError(f"holds {len(found)} ONNX graphs, not one", where=str(artifact))
+    return named[0]
+
+
+def _load(path: Path, threads: int) -> tuple[Any, tuple[type[Exception], ...]]:
+    try:
+        import onnxruntime
+        from onnxruntime.capi import onnxruntime_pybind11_state as state
+    except ModuleNotFoundError as error:
+        raise not_installed(error) from error
+    # One class a status code, with no base of their own.
+    found = (getattr(state, name) for name in dir(state))
+    own = (e for e in found if isinstance(e, type) and issubclass(e, Exception))
+    errors: tuple[type[Exception], ...] = (*own, RuntimeError)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 3
+    try:
+        model = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except errors as error:
+        raise InputError(f"ONNX Runtime does not load it: {error}", where=str(path)) from error
+    return model, errors
+
+
+def is_ours(graph: Path) -> bool:
+    """Whether a graph follows our convention: it takes ``first_logit``.
+
+    Raises:
+        InputError: it is no ONNX model.
+        UnavailableError: the ``onnx`` package is not installed.
+    """
+    try:
+        from edgedistill.onnx_graph import read_model
+    except ModuleNotFoundError as error:
+        raise not_installed(error) from error
+    return FIRST_LOGIT in {value.name for value in read_model(graph).graph.input}

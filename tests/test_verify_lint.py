@@ -1,0 +1,306 @@
+"""Lint passes what edgedistill exports and names what was planted, from the bytes alone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edgedistill.errors import InputError
+from edgedistill.plugins import load_plugin
+from edgedistill.quantized import Grid
+from edgedistill.results import Check
+from edgedistill.student import Student, StudentWriter
+from edgedistill.verify.lint import lint_artifact
+from edgedistill.verify.lint_gguf import checkpoint_name
+from edgedistill.verify.side_files import read_ends
+from edgedistill.verify.stated import table_frequencies, theta_and_divisors
+from tests.rounded import round_student, round_tensor
+from tests.tiny import FAMILY_CONFIGS
+
+Tiny = Callable[[str], Path]
+FORMATS = ("gguf", "onnx", "coreml")
+CONTEXT = 96
+GRIDS = (Grid(2, 64), Grid(4, 32), Grid(4, 32, "integer"), Grid(8, 32))
+
+
+def export(student: Path, dst: Path, format_name: str, context_tokens: int = CONTEXT) -> Path:
+    dst.mkdir(parents=True)
+    exporter = load_plugin("exporters", format_name)()
+    exporter.export(Student(student), dst, context_tokens=context_tokens)
+    return dst
+
+
+def lint(artifact: Path, format_name: str, student: Path) -> list[Check]:
+    return lint_artifact(artifact, format_name, student, context_tokens=CONTEXT)
+
+
+def failed(checks: list[Check]) -> set[str]:
+    assert all(check.name.startswith("lint: ") for check in checks)
+    return {check.name.removeprefix("lint: ") for check in checks if not check.passed}
+
+
+def edit_json(path: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
+    value = json.loads(path.read_text())
+    edit(value)
+    path.write_text(json.dumps(value))
+
+
+@pytest.mark.parametrize("family", FAMILY_CONFIGS)
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_what_is_exported_passes(tiny: Tiny, tmp_path: Path, family: str, format_name: str) -> None:
+    checks = lint(export(tiny(family), tmp_path / "a", format_name), format_name, tiny(family))
+    assert failed(checks) == set(), checks
+    names = {check.name.removeprefix("lint: ") for check in checks}
+    everywhere = {
+        "layers",
+        "hidden size",
+        "ffn size",
+        "heads",
+        "key and value heads",
+        "head size",
+        "vocabulary",
+        "norm epsilon",
+        "RoPE theta",
+        "RoPE scaling",
+        "EOS",
+        "BOS",
+        "dtypes",
+        "embedding and head",
+        "context length",
+        "tied embeddings",
+        "chat template",
+    }
+    assert everywhere <= names
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_every_grid_is_recognized(tiny: Tiny, tmp_path: Path, grid: Grid, format_name: str) -> None:
+    student = round_student(tiny("mistral"), tmp_path / "student", grid)
+    checks = lint(export(student, tmp_path / "a", format_name), format_name, student)
+    assert failed(checks) == set(), checks
+    # The same bytes are not what a float student would be stored as.
+    assert {"dtypes", "embedding and head"} == failed(
+        lint(tmp_path / "a", format_name, tiny("mistral"))
+    )
+
+
+def theta(config: dict[str, Any]) -> None:
+    config["rope_parameters"]["rope_theta"] *= 1.25
+
+
+def no_scaling(config: dict[str, Any]) -> None:
+    theta = config["rope_parameters"]["rope_theta"]
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": theta}
+
+
+def other_scaling(config: dict[str, Any]) -> None:
+    config["rope_parameters"]["factor"] = 4.0
+
+
+def epsilon(config: dict[str, Any]) -> None:
+    config["rms_norm_eps"] = 1e-6
+
+
+CONFIG_FAULTS: dict[str, tuple[Callable[[dict[str, Any]], None], str, str]] = {
+    "RoPE theta off": (theta, "llama", "RoPE theta"),
+    "RoPE theta off beside a scaling": (theta, "llama3", "RoPE theta"),
+    "RoPE scaling dropped": (no_scaling, "llama3", "RoPE scaling"),
+    "RoPE scaling of another factor": (other_scaling, "llama3", "RoPE scaling"),
+    "norm epsilon": (epsilon, "qwen3", "norm epsilon"),
+}
+
+
+@pytest.mark.parametrize("fault", CONFIG_FAULTS)
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_a_wrong_config_is_named(tiny: Tiny, tmp_path: Path, format_name: str, fault: str) -> None:
+    edit, family, name = CONFIG_FAULTS[fault]
+    faulty = shutil.copytree(tiny(family), tmp_path / "faulty")
+    edit_json(faulty / "config.json", edit)
+    artifact = export(faulty, tmp_path / "a", format_name)
+    found = failed(lint(artifact, format_name, tiny(family)))
+    # The bands of a llama3 scaling follow from the base.
+    allowed = {name, "RoPE scaling"} if family == "llama3" else {name}
+    assert name in found
+    assert found <= allowed
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_other_ends_and_a_stale_template_are_named(
+    tiny: Tiny, tmp_path: Path, format_name: str
+) -> None:
+    faulty = shutil.copytree(tiny("llama"), tmp_path / "faulty")
+    for name in ("config.json", "generation_config.json"):
+        edit_json(faulty / name, lambda c: c.update(eos_token_id=0))
+    edit_json(faulty / "tokenizer_config.json", lambda c: c.update(eos_token="<|endoftext|>"))
+    artifact = export(faulty, tmp_path / "a", format_name)
+    assert failed(lint(artifact, format_name, tiny("llama"))) == {"EOS"}
+
+    stale = shutil.copytree(tiny("llama"), tmp_path / "stale")
+    template = (stale / "chat_template.jinja").read_text()
+    (stale / "chat_template.jinja").write_text(template.replace("'<|im_end|>'", "'<|im_end|>\n'"))
+    artifact = export(stale, tmp_path / "b", format_name)
+    assert failed(lint(artifact, format_name, tiny("llama"))) == {"chat template"}
+    # Another text that renders the same is none.
+    (stale / "chat_template.jinja").write_text(template + "{# a remark #}")
+    artifact = export(stale, tmp_path / "c", format_name)
+    assert failed(lint(artifact, format_name, tiny("llama"))) == set()
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_a_list_of_ends_has_to_be_whole(tiny: Tiny, tmp_path: Path, format_name: str) -> None:
+    several = shutil.copytree(tiny("llama"), tmp_path / "several")
+    edit_json(several / "generation_config.json", lambda c: c.update(eos_token_id=[2, 0]))
+    assert read_ends(several) == {0, 2}
+    good = export(several, tmp_path / "a", format_name)
+    assert failed(lint(good, format_name, several)) == set()
+    short = export(tiny("llama"), tmp_path / "b", format_name)
+    assert failed(lint(short, format_name, several)) == {"EOS"}
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_another_context_is_named(tiny: Tiny, tmp_path: Path, format_name: str) -> None:
+    artifact = export(tiny("llama"), tmp_path / "a", format_name, context_tokens=64)
+    assert failed(lint(artifact, format_name, tiny("llama"))) == {"context length"}
+
+
+def quantize_only(src: Path, dst: Path, *, outer: bool) -> Path:
+    """A copy with the embedding (and the head) on a grid, or all other matrices."""
+    student = Student(src)
+    dst.mkdir()
+    ends = {student.facts.embedding, student.facts.head}
+    with StudentWriter(dst, student) as writer:
+        for name in student.names():
+            values = student.read(name)
+            chosen = name in student.facts.matrices() and (name in ends) == outer
+            writer.write(name, round_tensor(values, Grid(8, 32)) if chosen else values)
+    return dst
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_a_head_that_was_quantized_by_accident_is_named(
+    tiny: Tiny, tmp_path: Path, format_name: str
+) -> None:
+    outer = quantize_only(tiny("llama"), tmp_path / "outer", outer=True)
+    inner = quantize_only(tiny("llama"), tmp_path / "inner", outer=False)
+    artifact = export(outer, tmp_path / "a", format_name)
+    assert failed(lint(artifact, format_name, tiny("llama"))) == {"embedding and head"}
+    artifact = export(inner, tmp_path / "b", format_name)
+    assert failed(lint(artifact, format_name, tiny("llama"))) == {"dtypes"}
+    assert failed(lint(artifact, format_name, inner)) == set()
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_a_head_of_its_own_is_not_a_tied_one(tiny: Tiny, tmp_path: Path, format_name: str) -> None:
+    student, untied = Student(tiny("llama")), tmp_path / "untied"
+    untied.mkdir()
+    config = student.config | {"tie_word_embeddings": False}
+    with StudentWriter(untied, student, config) as writer:
+        for name in student.names():
+            writer.write(name, student.read(name))
+        writer.write("lm_head.weight", student.read(student.facts.embedding))
+    artifact = export(untied, tmp_path / "a", format_name)
+    assert "tied embeddings" in failed(lint(artifact, format_name, tiny("llama")))
+    tied = export(tiny("llama"), tmp_path / "b", format_name)
+    assert "tied embeddings" in failed(lint(tied, format_name, untied))
+
+
+def set_gguf(path: Path, key: str, value: float) -> None:
+    """Change a number in place, with the gguf package's own reader."""
+    import gguf
+
+    field = gguf.GGUFReader(path, "r+").fields[key]
+    field.parts[field.data[0]][0] = value
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "name"),
+    [
+        ("llama.rope.freq_base", 500000.0, "RoPE theta"),
+        ("llama.block_count", 2, "layers"),
+        ("llama.attention.head_count", 8, "heads"),
+        ("llama.attention.head_count_kv", 4, "key and value heads"),
+        ("llama.attention.key_length", 8, "head size"),
+        ("llama.feed_forward_length", 64, "ffn size"),
+        ("llama.embedding_length", 32, "hidden size"),
+        ("llama.attention.layer_norm_rms_epsilon", 1e-3, "norm epsilon"),
+        ("llama.context_length", 8192, "context length"),
+        ("tokenizer.ggml.eos_token_id", 7, "EOS"),
+        ("tokenizer.ggml.bos_token_id", 7, "BOS"),
+        ("tokenizer.ggml.add_bos_token", 1, "BOS put before a text"),
+    ],
+)
+def test_a_changed_number_of_a_gguf_is_named(
+    tiny: Tiny, tmp_path: Path, key: str, value: float, name: str
+) -> None:
+    artifact = export(tiny("llama"), tmp_path / "a", "gguf")
+    set_gguf(artifact / "model.gguf", key, value)
+    assert name in failed(lint(artifact, "gguf", tiny("llama")))
+    found = next(c for c in lint(artifact, "gguf", tiny("llama")) if c.name == f"lint: {name}")
+    assert "expected" in found.detail
+
+
+def test_scales_of_another_dtype_are_named(tiny: Tiny, tmp_path: Path) -> None:
+    import onnx
+
+    student = round_student(tiny("llama"), tmp_path / "student", Grid(4, 32))
+    artifact = export(student, tmp_path / "a", "onnx")
+    model = onnx.load(artifact / "model.onnx", load_external_data=False)
+    scales = next(t for t in model.graph.initializer if t.name.endswith("up_proj.weight.scales"))
+    scales.data_type = onnx.TensorProto.FLOAT16
+    onnx.save(model, artifact / "model.onnx")
+    checks = lint(artifact, "onnx", student)
+    assert failed(checks) == {"dtypes"}
+    detail = next(c.detail for c in checks if c.name == "lint: dtypes")
+    assert scales.name.removesuffix(".scales") in detail
+    assert "float16 scales, expected int4 in 32s, float32 scales" in detail
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize("base", [500.0, 10000.0, 1e6])
+@pytest.mark.parametrize("places", [16, 100, 4096])
+def test_frequencies_are_read_off_the_tables(base: float, dtype: Any, places: int) -> None:
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    parameters = {"rope_type": "default", "rope_theta": base}
+    config = LlamaConfig(hidden_size=128, num_attention_heads=2, rope_parameters=parameters)
+    frequencies = LlamaRotaryEmbedding(config).inv_freq.double().numpy()
+    angles = np.outer(np.arange(places), frequencies)
+    found = table_frequencies(np.cos(angles).astype(dtype), np.sin(angles).astype(dtype))
+    tolerance = 1e-2 if dtype == np.float16 else 1e-6
+    np.testing.assert_allclose(found, frequencies, rtol=tolerance)
+    theta, divisors = theta_and_divisors(found)
+    assert theta == pytest.approx(base, rel=2e-2 if dtype == np.float16 else 1e-4)
+    np.testing.assert_allclose(divisors, 1.0, rtol=4e-2 if dtype == np.float16 else 2e-4)
+
+
+def test_names_of_a_gguf_are_the_packages_own(tiny: Tiny) -> None:
+    import gguf
+
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, 3)
+    for name in Student(tiny("qwen3")).facts.tensor_shapes():
+        there = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert checkpoint_name(str(there)) == name
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_a_truncated_artifact_is_an_input_error(
+    tiny: Tiny, tmp_path: Path, format_name: str
+) -> None:
+    artifact = export(tiny("llama"), tmp_path / "a", format_name)
+    names = {
+        "gguf": "model.gguf",
+        "onnx": "model.onnx",
+        "coreml": "model.mlpackage/Data/com.apple.CoreML/model.mlmodel",
+    }
+    path = artifact / names[format_name]
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(InputError):
+        lint(artifact, format_name, tiny("llama"))
