@@ -111,10 +111,29 @@ class Agreement(NamedTuple):
     Attributes:
         kl_mean: largest mean KL(judge || artifact), in nats a token.
         top1: least share of positions with the same most probable token.
+        rounding: how the runtime rounds activations, ``float16`` or ``int8``; None: not at all.
+        times: for a model that rounding moves by more, both limits are this many times what that
+            rounding costs the model in the judge's own hands (:mod:`~edgedistill.verify.rounding`).
     """
 
     kl_mean: float
     top1: float
+    rounding: str | None = None
+    times: float = 1.0
+
+
+class RoundingCost(NamedTuple):
+    """What rounding the activations alone does to a model.
+
+    Attributes:
+        kl_mean: KL(exact || rounded), in nats a token.
+        flips: positions whose most probable token is another.
+        tokens: all positions.
+    """
+
+    kl_mean: float
+    flips: int
+    tokens: int
 
 
 class Runtime(ABC):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from hashlib import sha256
 from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 
 from edgedistill.chat import Chat

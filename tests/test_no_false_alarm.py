@@ -23,11 +23,11 @@ RUNGS: dict[str, Sequence[Stage]] = {
 }
 # Seeds that no other test uses; heads, widths and depths that differ.
 SHAPES: dict[int, dict[str, Any]] = {
-    2101: {"num_hidden_layers": 2},
-    2102: {"num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 2},
-    2103: {"num_attention_heads": 8, "num_key_value_heads": 2, "hidden_size": 128},
-    2104: {"num_key_value_heads": 1, "intermediate_size": 192, "rms_norm_eps": 1e-6},
-    2105: {"num_hidden_layers": 4, "hidden_size": 96, "num_attention_heads": 6},
+    4101: {"num_hidden_layers": 3, "intermediate_size": 128},
+    4102: {"num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 2},
+    4103: {"num_attention_heads": 8, "num_key_value_heads": 2, "hidden_size": 128},
+    4104: {"num_key_value_heads": 1, "intermediate_size": 192, "rms_norm_eps": 1e-6},
+    4105: {"num_hidden_layers": 5, "hidden_size": 96, "num_attention_heads": 6},
 }
 ARTIFACTS = len(FAMILY_CONFIGS) * len(SHAPES) * len(RUNGS) * len(ALL)
 

@@ -30,7 +30,13 @@ WEIGHTS = {
     "onnx": "model.onnx.data",
     "coreml": str(CORE_ML / "weights/weight.bin"),
 }
-SEEN_BY_GOLDEN = ("RoPE theta off", "two layers swapped", "a norm zeroed", "an adapter not merged")
+# A small adapter may leave tokens that lead clearly as they are; it moves the leads all the same.
+SEEN_BY_GOLDEN = {
+    "RoPE theta off": "golden: tokens",
+    "two layers swapped": "golden: tokens",
+    "a norm zeroed": "golden: tokens",
+    "an adapter not merged": "golden: leads",
+}
 PLANTED: list[Fault] = [f for f in [*GRAPH_FAULTS, *WEIGHT_FAULTS] if f.name in SEEN_BY_GOLDEN]
 
 
@@ -132,7 +138,7 @@ def test_golden_vectors_catch_another_model_under_hashes_that_are_right(
     faulty = fault.plants[format_name](good, whole, tmp_path / "faulty")
     write_manifest(faulty, format_name, golden)
     assert failed(check_files(faulty, read_manifest(faulty))) == set()
-    assert "golden: tokens" in failed(replayed(faulty, format_name))
+    assert SEEN_BY_GOLDEN[fault.name] in failed(replayed(faulty, format_name))
 
 
 def test_the_command_tells_a_good_artifact_from_a_damaged_one(
@@ -154,7 +160,7 @@ def _say_nothing(*_: Any, **__: Any) -> None:
 
 
 def test_a_fault_of_the_list_is_there_to_be_planted() -> None:
-    assert {fault.name for fault in PLANTED} == set(SEEN_BY_GOLDEN)
+    assert {fault.name for fault in PLANTED} == SEEN_BY_GOLDEN.keys()
 
 
 def test_a_manifest_is_json_that_can_be_read_back(published: Callable[[str], Path]) -> None:

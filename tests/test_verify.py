@@ -99,6 +99,7 @@ def test_a_good_artifact_passes_every_check(bench: Bench, tmp_path: Path, format
         "template",
         "tokens",
         "adapter",
+        "lint",
     }
     assert [t.text for t in verification.against_weights] == list(TEXTS)
     effect = next(c for c in verification.checks if c.name.startswith("adapter"))

@@ -51,8 +51,8 @@ class CoreMl(Runtime):
         else None
     )
     # Both with float16 activations, whatever the weights are.
-    float_agreement: ClassVar[Agreement] = Agreement(5e-4, 0.99)
-    quantized_agreement: ClassVar[Agreement] = Agreement(5e-4, 0.99)
+    float_agreement: ClassVar[Agreement] = Agreement(5e-4, 0.99, "float16", 12)
+    quantized_agreement: ClassVar[Agreement] = Agreement(5e-4, 0.99, "float16", 12)
 
     def __init__(self, precision: Literal["float16", "float32"] = "float16") -> None:
         self.precision = precision

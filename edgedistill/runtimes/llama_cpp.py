@@ -36,7 +36,8 @@ class LlamaCpp(Runtime):
     """
 
     extra: ClassVar[str] = "gguf"
-    quantized_agreement: ClassVar[Agreement] = Agreement(2e-2, 0.90)
+    float_agreement: ClassVar[Agreement] = Agreement(1e-4, 0.995, "float16", 4)
+    quantized_agreement: ClassVar[Agreement] = Agreement(2e-2, 0.90, "int8", 2)
 
     def open(self, artifact: Path, *, context_tokens: int, threads: int) -> LlamaCppSession:
         """Load ``model.gguf`` of a directory, or a GGUF file that is named itself."""

@@ -37,7 +37,7 @@ class OnnxRuntime(Runtime):
 
     extra: ClassVar[str] = "onnx"
     # MatMulNBits rounds activations to 8 bits at the accuracy level that ships.
-    quantized_agreement: ClassVar[Agreement] = Agreement(2e-2, 0.90)
+    quantized_agreement: ClassVar[Agreement] = Agreement(2e-2, 0.90, "int8", 2)
 
     def __init__(self, accuracy_level: int | None = None) -> None:
         self._accuracy_level = accuracy_level

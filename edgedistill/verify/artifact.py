@@ -23,6 +23,7 @@ from edgedistill.verify.judge import (
 )
 from edgedistill.verify.lint import lint_artifact
 from edgedistill.verify.long_positions import check_positions
+from edgedistill.verify.rounding import fit_agreement
 from edgedistill.verify.text import check_text
 
 # Nearest to 1, where 0 is an adapter that is not there and 2 one that was merged twice.  What
@@ -55,7 +56,8 @@ def verify_artifact(
     """
     runtime: Runtime = load_plugin("runtimes", load_plugin("exporters", format_name).runtime)()
     quantized = Student(student).is_quantized
-    agreement = runtime.quantized_agreement if quantized else runtime.float_agreement
+    of_runtime = runtime.quantized_agreement if quantized else runtime.float_agreement
+    agreement = fit_agreement(of_runtime, weights_judge)
     weights, reference = read_judge_logits(weights_judge), read_judge_logits(reference_judge)
     base = read_judge_logits(base_judge) if base_judge else None
     long = _read_long(weights_judge, context_tokens)
@@ -63,7 +65,7 @@ def verify_artifact(
     with runtime.open(artifact, context_tokens=context_tokens, threads=threads) as session:
         own, other, effect = _read_texts(session, weights, reference, base)
         turns = read_judge_stretches(weights_judge, TWO_TURNS)
-        checks = _check_logits(own, agreement)
+        checks = _check_logits(own, agreement, of_runtime)
         checks += check_cache(session, weights[0], turns, agreement)
         if long is not None:
             checks.append(check_positions(session, long, agreement))
@@ -122,7 +124,9 @@ def _read_texts(
     return own, other, effect
 
 
-def _check_logits(texts: list[TextDivergence], agreement: Agreement) -> list[Check]:
+def _check_logits(
+    texts: list[TextDivergence], agreement: Agreement, standard: Agreement
+) -> list[Check]:
     tokens = sum(t.tokens for t in texts)
     mean = sum(t.kl_mean * t.tokens for t in texts) / tokens
     top1 = sum(t.top1 * t.tokens for t in texts) / tokens
@@ -134,7 +138,7 @@ def _check_logits(texts: list[TextDivergence], agreement: Agreement) -> list[Che
             value=mean,
             limit=agreement.kl_mean,
             detail=f"{tokens} tokens; worst {worst.kl_max:.2g} in {worst.text!r} "
-            f"at token {worst.worst_position}",
+            f"at token {worst.worst_position}{_told(agreement, standard)}",
         ),
         Check(
             name="logits: top-1",
@@ -144,6 +148,17 @@ def _check_logits(texts: list[TextDivergence], agreement: Agreement) -> list[Che
             detail=f"share of {tokens} positions with the judge's most probable token",
         ),
     ]
+
+
+def _told(agreement: Agreement, standard: Agreement) -> str:
+    """Why the limit is wider than the runtime's own."""
+    if agreement.kl_mean <= standard.kl_mean:
+        return ""
+    cost = agreement.kl_mean / agreement.times
+    return (
+        f"; {agreement.rounding} activations alone move this model by {cost:.2g}, "
+        f"so the limit is {agreement.times:g} times that and not {standard.kl_mean:g}"
+    )
 
 
 def _read_long(judge: Path, context_tokens: int) -> JudgedStretches | None:

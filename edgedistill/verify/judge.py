@@ -19,6 +19,7 @@ from edgedistill.chat import Chat, load_tokenizer
 from edgedistill.errors import InputError
 from edgedistill.student import Student, dequantize_student, read_json, write_json
 from edgedistill.verify.prompts import read_as_used, read_long, read_two_turns
+from edgedistill.verify.rounding import write_rounding_costs
 
 TOKENS_PER_TEXT = 400
 IDS_FILE = "ids.json"
@@ -81,8 +82,9 @@ def write_judge_logits(
     Args:
         student: a student directory; a quantized one is dequantized for ``transformers``.
         texts: name -> text.
-        dst: receives ``ids.json`` and one float32 ``<text>.npy`` [tokens, vocab] each, and the
-            same for stretches of a conversation of two turns and of one long prompt.
+        dst: receives ``ids.json`` and one float32 ``<text>.npy`` [tokens, vocab] each, the same
+            for stretches of a conversation of two turns and of one long prompt, and
+            ``rounding.json``.
         chat: the fixed part of the conversation that the texts are put into.
         threads: for torch.
         context_tokens: how long the long prompt is; None leaves it out.
@@ -107,6 +109,7 @@ def write_judge_logits(
         for name, tokens in ids.items():
             np.save(dst / f"{name}.npy", _log_probs(model, tokens, (range(len(tokens)),)))
         write_json(dst / IDS_FILE, ids)
+        write_rounding_costs(model, ids, dst)
         folder = dst / STRETCHES_FOLDER
         folder.mkdir()
         split = (range(turns.first_prompt, turns.cached), range(turns.cached, len(turns.ids)))

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from edgedistill.errors import InputError
 from edgedistill.onnx_package import CONFIG_FILE, not_installed
 from edgedistill.student import read_json
-from edgedistill.verify.onnx_foreign import graph_file
+from edgedistill.verify.onnx_foreign import decoder_config, graph_file
 from edgedistill.verify.side_files import read_template
 from edgedistill.verify.stated import Stated, describe, table_frequencies, theta_and_divisors
 
@@ -38,8 +38,11 @@ def read_onnx(artifact: Path) -> Stated:
     rope = graph.rope()
     begin = config.get("bos_token_id")
     beside = (artifact / "tokenizer_config.json").is_file()
+    counts, head_size = graph.counts(), _whole(decoder_config(artifact).get("head_size"))
+    if "head_dim" not in counts and head_size is not None:  # the caches' shape has a name there
+        counts["head_dim"] = head_size
     return Stated(
-        counts=graph.counts(),
+        counts=counts,
         context_tokens=_whole(config.get("context_length")),
         tied_embeddings=graph.tied(),
         norm_epsilons=graph.norm_epsilons(),

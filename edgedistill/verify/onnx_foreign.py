@@ -112,10 +112,19 @@ class ForeignOnnxSession(Session):
         return int(size)
 
     def _empty(self, name: str) -> npt.NDArray[Any]:
+        """No positions: [1, kv heads, 0, head size]; genai's builder gives the sizes by name."""
         shape = self._inputs[name].shape
-        if len(shape) != 4 or not all(isinstance(shape[i], int) for i in (1, 3)):
-            raise InputError(f"{name} has the shape {shape}", where=str(self._path))
-        return np.zeros((1, shape[1], 0, shape[3]), dtype=self._dtype(name))
+        stated = decoder_config(self._artifact)
+        named = ((shape[1], "num_key_value_heads"), (shape[-1], "head_size")) if shape else ()
+        found = [size if isinstance(size, int) else stated.get(key) for size, key in named]
+        sizes = [size for size in found if isinstance(size, int) and size > 0]
+        if len(shape) != 4 or len(sizes) != 2:
+            raise InputError(
+                f"{name} has the shape {shape}",
+                where=str(self._path),
+                hint=f"the sizes can stand in {CONFIG_FILE}: num_key_value_heads, head_size",
+            )
+        return np.zeros((1, sizes[0], 0, sizes[1]), dtype=self._dtype(name))
 
     def _dtype(self, name: str) -> Any:
         return DTYPES[self._inputs[name].type]
@@ -149,17 +158,27 @@ def graph_file(artifact: Path) -> Path:
     Raises:
         InputError: there is none, or there are several.
     """
-    if (artifact / CONFIG_FILE).is_file():
-        model = read_json(artifact / CONFIG_FILE).get("model")
-        decoder = model.get("decoder") if isinstance(model, dict) else None
-        name = decoder.get("filename") if isinstance(decoder, dict) else None
-        if isinstance(name, str) and Path(name).name == name and (artifact / name).is_file():
-            return artifact / name
+    name = decoder_config(artifact).get("filename")
+    if isinstance(name, str) and Path(name).name == name and (artifact / name).is_file():
+        return artifact / name
     found = sorted(artifact.glob("*.onnx"))
     named = [path for path in found if path.name == MODEL_FILE] or found
     if len(named) != 1:
         raise InputError(f"holds {len(found)} ONNX graphs, not one", where=str(artifact))
     return named[0]
+
+
+def decoder_config(artifact: Path) -> dict[str, Any]:
+    """What ``genai_config.json`` says of the decoder; empty if it is not there.
+
+    Raises:
+        InputError: it is no JSON object.
+    """
+    if not (artifact / CONFIG_FILE).is_file():
+        return {}
+    model = read_json(artifact / CONFIG_FILE).get("model")
+    decoder = model.get("decoder") if isinstance(model, dict) else None
+    return decoder if isinstance(decoder, dict) else {}
 
 
 def _load(path: Path, threads: int) -> tuple[Any, tuple[type[Exception], ...]]:
