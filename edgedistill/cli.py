@@ -335,6 +335,14 @@ def _run(command: Callable[[], int]) -> None:
     except EdgedistillError as error:
         _say(f"error: {error}")
         code = error.exit_code
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # a name that is too long, a place that may not be looked at
+        from edgedistill.disk import disk_error
+
+        refused = disk_error(error, Path.cwd())
+        _say(f"error: {refused}")
+        code = refused.exit_code
     except KeyboardInterrupt:
         _say("interrupted; finished steps are kept, the same command goes on from there")
         code = ExitCode.INTERRUPTED

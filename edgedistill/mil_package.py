@@ -64,6 +64,10 @@ class Constant:
             return np.array(self.stored, dtype=object)
         _, numpy_dtype, bits = _BY_NAME[self.dtype]
         count = math.prod(self.shape)
+        if bits == 0:
+            raise InputError(f"a constant of the type {self.dtype} is held as numbers")
+        if self.stored.size * 8 % bits:
+            raise InputError(f"a constant of {self.dtype} has {self.stored.size} bytes")
         if bits >= 8:
             flat = self.stored.view(numpy_dtype)
         else:

@@ -46,6 +46,17 @@ def check_recipe(recipe: Recipe, facts: DecoderFacts | None) -> list[Finding]:
     return findings
 
 
+def check_paths(recipe: Recipe) -> list[Finding]:
+    """Paths that the operating system does not even look at; nothing else can be checked then."""
+    findings = []
+    for place, path in _paths(recipe, ()):
+        try:
+            path.exists()
+        except OSError as error:  # a name that is too long, a directory that may not be read
+            findings.append(Finding(place, f"cannot be a path: {error.strerror}"))
+    return findings
+
+
 def _check_files(recipe: Recipe) -> Iterator[Finding]:
     for place, path in _paths(recipe, ()):
         if place != ("waivers",) and not path.exists():

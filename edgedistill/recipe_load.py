@@ -17,7 +17,7 @@ from edgedistill.errors import EdgedistillError, RecipeError, UsageError
 from edgedistill.intake import from_home, is_remote, read_facts, resolve_student
 from edgedistill.plugins import did_you_mean, load_plugin, plugin_names
 from edgedistill.recipe import Recipe, StageStep
-from edgedistill.recipe_check import Finding, check_recipe
+from edgedistill.recipe_check import Finding, check_paths, check_recipe
 from edgedistill.recipe_yaml import Place, YamlDocument, dotted, read_yaml
 
 # What a required key is taken for while the rest of a broken recipe is checked.
@@ -89,9 +89,12 @@ def load_recipe(path: Path, student: str | None = None) -> LoadedRecipe:
     source, facts = None, None
     if recipe is not None:
         recipe = _with_waivers(_absolute(recipe, path.parent), path)
-        source, facts, student_problems = _open_student(recipe, document)
-        problems += student_problems
-        problems += [_problem(document, f) for f in check_recipe(recipe, facts)]
+        findings = check_paths(recipe)
+        if not findings:
+            source, facts, student_problems = _open_student(recipe, document)
+            problems += student_problems
+            findings = check_recipe(recipe, facts)
+        problems += [_problem(document, finding) for finding in findings]
     if problems or recipe is None:
         raise RecipeError(sorted(problems, key=_line))
     return LoadedRecipe(recipe, path, source, facts)
@@ -119,6 +122,9 @@ def _open_student(
     try:
         source = resolve_student(recipe.student, document.path.parent)
         return source, read_facts(source), []
+    except OSError as error:
+        problem = Finding(("student",), f"cannot be a path: {error.strerror}")
+        return None, None, [_problem(document, problem)]
     except EdgedistillError as error:
         return None, None, [_problem(document, Finding(("student",), str(error)))]
 

@@ -106,7 +106,7 @@ class OnnxSession(Session):
         self._artifact = artifact
         self._tokenizer: Any = None
         self._model = model
-        self._errors = _runtime_errors()
+        self._errors = runtime_errors()
         self._mask = np.ones((1, shape.context_tokens), dtype=np.int64)
         self._binding = model.io_binding()
         self._binding.bind_output("logits")
@@ -218,7 +218,7 @@ def _load(artifact: Path, threads: int, accuracy_level: int | None) -> Any:
         )
     try:
         model = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-    except _runtime_errors() as error:
+    except runtime_errors() as error:
         raise InputError(
             f"ONNX Runtime does not load it: {error}",
             where=str(path),
@@ -270,13 +270,14 @@ def _read_shape(path: Path) -> _Shape:
         raise InputError(f"does not describe a decoder ({error!r})", where=str(path)) from error
 
 
-def _runtime_errors() -> tuple[type[Exception], ...]:
+def runtime_errors() -> tuple[type[Exception], ...]:
     """What ONNX Runtime raises: one class a status code, with no base of their own."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
     found = (getattr(state, name) for name in dir(state))
     own = (e for e in found if isinstance(e, type) and issubclass(e, Exception))
-    return (*own, RuntimeError)  # the bindings' own
+    # The bindings' own; texts of a damaged graph are not always UTF-8.
+    return (*own, RuntimeError, UnicodeDecodeError)
 
 
 def _version(package: str) -> str:

@@ -13,12 +13,15 @@ from typing import Any
 
 import numpy as np
 
+from edgedistill.errors import InputError
 from edgedistill.results import Check
 from edgedistill.student import Student
 from edgedistill.verify.side_files import read_ends, read_template
 from edgedistill.verify.stated import Stated, describe
 
 # How each format stores matrices, vectors, and the scales of quantized matrices.
+# What a reader of a graph runs into where ends are missing or of another kind.
+MALFORMED = (LookupError, ValueError, TypeError, AttributeError, ArithmeticError)
 FLOATS = {
     "gguf": ("float16", "float32", "float16"),
     "onnx": ("float32", "float32", "float32"),
@@ -80,6 +83,14 @@ def read_stated(artifact: Path, format_name: str) -> Stated | None:
     Raises:
         InputError: a file is missing or damaged.
     """
+    try:
+        return _read(artifact, format_name)
+    except MALFORMED as error:
+        problem = f"its parts do not fit together ({type(error).__name__}: {error})"
+        raise InputError(problem, where=str(artifact)) from error
+
+
+def _read(artifact: Path, format_name: str) -> Stated | None:
     if format_name == "gguf":
         from edgedistill.runtimes.llama_cpp import weights_file
         from edgedistill.verify.lint_gguf import read_gguf

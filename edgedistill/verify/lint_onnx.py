@@ -159,7 +159,7 @@ class _Graph:
             values: npt.NDArray[Any] = numpy_helper.to_array(
                 self._initializers[name], str(self._path.parent)
             )
-        except (OSError, ValueError, TypeError, ValidationError) as error:
+        except (OSError, RuntimeError, ValueError, TypeError, ValidationError) as error:
             raise InputError(f"{name} cannot be read ({error})", where=str(self._path)) from error
         return values
 

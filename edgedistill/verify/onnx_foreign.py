@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from edgedistill.errors import InputError, StageError, UsageError
 from edgedistill.onnx_package import CONFIG_FILE, FIRST_LOGIT, MODEL_FILE, not_installed
+from edgedistill.runtimes.onnx_runtime import runtime_errors
 from edgedistill.session import Logits, Session
 from edgedistill.student import read_json
 
@@ -184,13 +185,9 @@ def decoder_config(artifact: Path) -> dict[str, Any]:
 def _load(path: Path, threads: int) -> tuple[Any, tuple[type[Exception], ...]]:
     try:
         import onnxruntime
-        from onnxruntime.capi import onnxruntime_pybind11_state as state
     except ModuleNotFoundError as error:
         raise not_installed(error) from error
-    # One class a status code, with no base of their own.
-    found = (getattr(state, name) for name in dir(state))
-    own = (e for e in found if isinstance(e, type) and issubclass(e, Exception))
-    errors: tuple[type[Exception], ...] = (*own, RuntimeError)
+    errors = runtime_errors()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3
