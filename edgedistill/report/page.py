@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 WORST_FIRST: tuple[words.Tone, ...] = ("bad", "warn", "muted", "good")
 SHOWN_FLIPS = 6
 MAX_FLIPS = 300  # in the page; report.json has them all
+LINT = "lint: facts as in config.json"
 MAX_PROMPT_CHARACTERS = 600
 
 
@@ -142,15 +143,22 @@ class RungView:
 
 
 def check_names(report: BuildReport) -> list[str]:
-    """The union of all artifacts' checks, in the order of their appearance."""
+    """The union of all artifacts' checks as they appeared; lint that passed everywhere is one."""
     found = [a.verification.checks for a in report.artifacts if a.verification is not None]
-    return list(dict.fromkeys(check.name for checks in found for check in checks))
+    failed = {check.name for checks in found for check in checks if not check.passed}
+    names = dict.fromkeys(check.name for checks in found for check in checks)
+    folded = (LINT if n.startswith("lint:") and n not in failed else n for n in names)
+    return list(dict.fromkeys(folded))
 
 
 def find_check(artifact: ArtifactReport, name: str) -> Check | None:
-    """An artifact's check of that name."""
+    """An artifact's check of that name, or its passed lint in one."""
     checks = artifact.verification.checks if artifact.verification is not None else []
-    return next((check for check in checks if check.name == name), None)
+    if name != LINT:
+        return next((check for check in checks if check.name == name), None)
+    passed = [c for c in checks if c.name.startswith("lint:") and c.passed]
+    found = ", ".join(check.name.removeprefix("lint: ") for check in passed)
+    return Check(name=LINT, passed=True, value=float(len(passed)), detail=found) if passed else None
 
 
 def limitations(report: BuildReport) -> list[str]:
