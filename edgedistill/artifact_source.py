@@ -11,10 +11,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from edgedistill.chat import Chat
 from edgedistill.content import files_below
 from edgedistill.errors import InputError
+from edgedistill.onnx_package import follows_our_convention, graph_file
+from edgedistill.plugins import load_plugin
 
 MANIFEST_FILE = "manifest.json"
 # What describes an artifact of ours is no part of what runs.
 DESCRIPTIONS = (MANIFEST_FILE, "README.md")
+# What a Core ML package needs beside it for text to become tokens.
+BESIDE = (
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
+    *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+)
 GGUF_FILE, ONNX_FILE, PACKAGE = "model.gguf", "model.onnx", "model.mlpackage"
 
 
@@ -81,8 +88,23 @@ def find_artifact(path: Path) -> ArtifactSource:
         path = path.parent
     if path.suffix == ".mlpackage":
         files = {f"{PACKAGE}/{f.relative_to(path).as_posix()}": f for f in files_below(path)}
+        files |= {n: path.parent / n for n in BESIDE if (path.parent / n).is_file()}
         return ArtifactSource(path, "coreml", files, _read_claims(path.parent))
     return _in_directory(path)
+
+
+def find_runtime(artifact: ArtifactSource) -> str:
+    """The name of the runtime that opens an artifact: its format's, or that of others' graphs.
+
+    Raises:
+        InputError: the graph cannot be read.
+        UnavailableError: the library that reads it is not installed.
+    """
+    if artifact.format == "onnx":
+        directory = artifact.path if artifact.path.is_dir() else artifact.path.parent
+        if not follows_our_convention(graph_file(directory)):
+            return "other_onnx"
+    return load_plugin("exporters", artifact.format).runtime
 
 
 def _in_directory(path: Path) -> ArtifactSource:

@@ -10,6 +10,9 @@ from pydantic import BaseModel, ConfigDict
 
 from edgedistill.errors import InputError
 
+# Texts are cut by those who read them; transformers would warn of each that is not cut yet.
+NO_LIMIT = 10**30
+
 
 class Chat(BaseModel):
     """The fixed part of every conversation.
@@ -37,7 +40,10 @@ def load_tokenizer(student: Path) -> Any:
         raise InputError("holds no tokenizer.json", where=str(student))
     try:
         return AutoTokenizer.from_pretrained(
-            str(student), local_files_only=True, trust_remote_code=False
+            str(student),
+            local_files_only=True,
+            trust_remote_code=False,
+            model_max_length=NO_LIMIT,
         )
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"its tokenizer cannot be opened ({error})", where=str(student)) from error

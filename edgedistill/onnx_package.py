@@ -163,3 +163,46 @@ def _spell_out_digits(path: Path) -> None:
 
 def _optional_json(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
+
+
+def graph_file(artifact: Path) -> Path:
+    """The graph of a directory: what ``genai_config.json`` names, ``model.onnx``, or the only one.
+
+    Raises:
+        InputError: there is none, or there are several.
+    """
+    name = decoder_config(artifact).get("filename")
+    if isinstance(name, str) and Path(name).name == name and (artifact / name).is_file():
+        return artifact / name
+    found = sorted(artifact.glob("*.onnx"))
+    named = [path for path in found if path.name == MODEL_FILE] or found
+    if len(named) != 1:
+        raise InputError(f"holds {len(found)} ONNX graphs, not one", where=str(artifact))
+    return named[0]
+
+
+def decoder_config(artifact: Path) -> dict[str, Any]:
+    """What ``genai_config.json`` says of the decoder; empty if it is not there.
+
+    Raises:
+        InputError: it is no JSON object.
+    """
+    if not (artifact / CONFIG_FILE).is_file():
+        return {}
+    model = read_json(artifact / CONFIG_FILE).get("model")
+    decoder = model.get("decoder") if isinstance(model, dict) else None
+    return decoder if isinstance(decoder, dict) else {}
+
+
+def follows_our_convention(graph: Path) -> bool:
+    """Whether a graph takes ``first_logit``, as those of our exporter do.
+
+    Raises:
+        InputError: it is no ONNX model.
+        UnavailableError: the ``onnx`` package is not installed.
+    """
+    try:
+        from edgedistill.onnx_graph import read_model
+    except ModuleNotFoundError as error:
+        raise not_installed(error) from error
+    return FIRST_LOGIT in {value.name for value in read_model(graph).graph.input}

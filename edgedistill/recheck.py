@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from edgedistill.artifact_source import GGUF_FILE, ArtifactSource, find_artifact, find_runtime
 from edgedistill.cache import Cache
 from edgedistill.chat import Chat
 from edgedistill.content import ContentHashes
 from edgedistill.errors import EdgedistillError, ExitCode, InputError, UnavailableError
+from edgedistill.evaluation_tasks import TakeArtifact
 from edgedistill.pipeline import Pipeline, Say, Step, say
-from edgedistill.plugins import load_plugin
 from edgedistill.recheck_tasks import OwnWeights, ReplayGolden, VerifyForeign
 from edgedistill.results import Check, Document, Verification
 from edgedistill.task import Task
@@ -150,37 +151,41 @@ class _Foreign:
         self._judge = self._judged("reference", self._student)
 
     def verify_all(self, paths: Sequence[Path]) -> list[Rechecked]:
-        from edgedistill.verify.subject import find_subject
-
-        subjects = [find_subject(path) for path in paths]
+        sources = [find_artifact(path.absolute()) for path in paths]
         pipeline = Pipeline(Cache(self._verifier.cache), self._verifier.tell)
         pipeline.run([self._judge])
         error = pipeline.outcome(self._judge).error
         if error is not None:
             raise error
         return [
-            self._verify(path, subject.path.absolute(), subject.format)
-            for path, subject in zip(paths, subjects, strict=True)
+            self._verify(path, source) for path, source in zip(paths, sources, strict=True)
         ]
 
-    def _verify(self, path: Path, files: Path, form: str) -> Rechecked:
-        inputs = {"student": self._student, "judge": self._judge}
-        if form == "gguf":
-            weights = OwnWeights(file=files, threads=self._verifier.threads)
+    def _verify(self, path: Path, source: ArtifactSource) -> Rechecked:
+        take = self._step(f"{path.name}: take in", TakeArtifact(source=source.path))
+        inputs = {"artifact": take, "student": self._student, "judge": self._judge}
+        if source.format == "gguf":
+            file = source.files[GGUF_FILE]
+            weights = OwnWeights(file=file, threads=self._verifier.threads)
             own = self._step(f"{path.name}: its weights", weights, student=self._student)
             pipeline = Pipeline(Cache(self._verifier.cache), self._verifier.tell)
             pipeline.run([own])
             if pipeline.output(own) is not None:
                 judged = self._judged(f"{path.name}, its weights", own)
                 inputs |= {"own_weights": own, "own_judge": judged}
-        task = VerifyForeign(
-            path=files,
-            format=form,
-            runtime=load_plugin("exporters", form).runtime,
-            threads=self._verifier.threads,
-        )
         made = Rechecked(
-            path=str(path), name=path.name, format=form, against=self._against, verification=_of([])
+            path=str(path),
+            name=path.name,
+            format=source.format,
+            against=self._against,
+            verification=_of([]),
+        )
+        try:
+            runtime = find_runtime(source)
+        except EdgedistillError as error:
+            return _joined(made, None, error, "file: readable")
+        task = VerifyForeign(
+            format=source.format, runtime=runtime, threads=self._verifier.threads
         )
         step = self._step(f"{path.name}: verify", task, **inputs)
         found, problem = self._verifier.run_step(step)

@@ -12,7 +12,7 @@ from pathlib import Path
 from edgedistill.plugins import Kind
 from edgedistill.results import GoldenVector, Verification
 from edgedistill.task import Task
-from edgedistill.tasks import VERIFICATION_FILE
+from edgedistill.tasks import ARTIFACT, VERIFICATION_FILE
 
 
 class ReplayGolden(Task):
@@ -62,20 +62,19 @@ class OwnWeights(Task):
 class VerifyForeign(Task):
     """Hold a file that others made against a student."""
 
-    path: Path
     format: str
     runtime: str
 
     def run(self, inputs: Mapping[str, Path], dst: Path) -> None:
-        """Reads ``student``, ``judge`` and, where there are some, those of its own weights."""
+        """Reads ``artifact``, ``student``, ``judge`` and, if given, those of its own weights."""
         from edgedistill.verify.foreign import verify_foreign
         from edgedistill.verify.loss import Judges
-        from edgedistill.verify.subject import Subject
 
         judges = Judges.read(
             inputs["student"], inputs["judge"], inputs.get("own_judge"), inputs.get("own_weights")
         )
-        found = verify_foreign(Subject(self.path, self.format), judges, threads=self.threads)
+        artifact = inputs["artifact"] / ARTIFACT
+        found = verify_foreign(artifact, self.format, self.runtime, judges, threads=self.threads)
         (dst / VERIFICATION_FILE).write_text(found.model_dump_json(indent=2), encoding="utf-8")
 
     def plugins(self) -> list[tuple[Kind, str]]:

@@ -33,7 +33,9 @@ SLOW_MODULES = {
         *("evaluate_calibration", "evaluate_router", "evaluate_power", "evaluate_judge"),
         *("evaluate_score", "gguf", "gguf_intake", "llama_cpp", "merge_lora", "mil_interpreter"),
         *("mil_ops", "onnx", "onnx_runtime", "pipeline", "quantize_rtn", "sentiment_data"),
-        *("suite_draft", "suite_traffic", "torch_reference", "verify"),
+        *("suite_draft", "suite_traffic", "torch_reference"),
+        *("verify", "verify_cache", "verify_command", "verify_golden", "verify_lint"),
+        *("verify_positions", "verify_rounding", "verify_text"),
     )
 }
 

@@ -18,6 +18,10 @@ from edgedistill.student import Student
 from edgedistill.verify.artifact import verify_artifact
 from edgedistill.verify.judge import write_judge_logits
 from edgedistill.verify.texts import load_texts
+from tests.graph_faults import GRAPH_FAULTS
+from tests.peaked import Good, Judged
+from tests.token_faults import TOKEN_FAULTS
+from tests.weight_faults import WEIGHT_FAULTS
 
 pytestmark = pytest.mark.slow
 
@@ -65,12 +69,17 @@ def rungs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Rung]:
 
 
 def _verify(rungs: dict[str, Rung], name: str, format_name: str, root: Path) -> Verification:
-    rung = rungs[name]
     load_plugin("exporters", format_name)().export(
-        Student(rung.student), root, context_tokens=CONTEXT
+        Student(rungs[name].student), root, context_tokens=CONTEXT
     )
+    return _hold(rungs, name, format_name, root)
+
+
+def _hold(rungs: dict[str, Rung], name: str, format_name: str, artifact: Path) -> Verification:
+    """Hold an artifact against a rung."""
+    rung = rungs[name]
     return verify_artifact(
-        root,
+        artifact,
         format_name,
         student=rung.student,
         weights_judge=rung.judge,
@@ -106,3 +115,42 @@ def test_int8_stays_within_a_hundredth_of_a_nat_on_every_text(
     assert found.passed, found.checks
     assert {text.text for text in found.against_reference} == {"prose", "code", "multilingual"}
     assert max(text.kl_mean for text in found.against_reference) <= 1e-2
+
+
+# A sample of tests/test_mutations.py: on trained weights of a real size.
+PLANTED = [
+    ("RoPE theta off", "gguf"),
+    ("the norms of a block exchanged", "gguf"),
+    ("digit splitting lost", "onnx"),
+    ("a block of scales transposed", "onnx"),
+    ("a norm zeroed", "coreml"),
+]
+
+
+@pytest.mark.parametrize(("name", "format_name"), PLANTED)
+def test_a_fault_planted_in_the_real_student_is_caught_by_its_name(
+    rungs: dict[str, Rung], tmp_path: Path, name: str, format_name: str
+) -> None:
+    fault = next(f for f in [*GRAPH_FAULTS, *WEIGHT_FAULTS, *TOKEN_FAULTS] if f.name == name)
+    artifact = tmp_path / "good"
+    artifact.mkdir()
+    load_plugin("exporters", format_name)().export(
+        Student(rungs["int8"].student), artifact, context_tokens=CONTEXT
+    )
+    judged = {name: Judged(rung.student, rung.judge) for name, rung in rungs.items()}
+    good = Good(judged["int8"], judged["float"], judged["plain"])
+    faulty = fault.plants[format_name](good, artifact, tmp_path / "faulty")
+    found = _hold(rungs, "int8", format_name, faulty)
+    assert set(fault.caught_by) <= {c.name for c in found.checks if not c.passed}, found.checks
+
+
+def test_an_adapter_that_was_not_merged_is_caught_by_its_name(
+    rungs: dict[str, Rung], tmp_path: Path
+) -> None:
+    load_plugin("exporters", "gguf")().export(
+        Student(rungs["plain"].student), tmp_path, context_tokens=CONTEXT
+    )
+    found = _hold(rungs, "float", "gguf", tmp_path)
+    effect = next(check for check in found.checks if check.name == "adapter: effect retained")
+    assert not effect.passed
+    assert effect.value == pytest.approx(0.0, abs=0.01)

@@ -499,7 +499,7 @@ def test_what_is_no_model_is_a_usage_error(tiny: Tiny, tmp_path: Path, cache: Pa
     for path in (tmp_path / "model.txt", tmp_path):
         ran = run(path, "--against", tiny("llama"), cache=cache)
         assert ran.returncode == 2
-        assert "of no format that is known here" in ran.stderr
+        assert "is not one artifact of a format that is known here" in ran.stderr
 
 
 # --- the page ---------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from edgedistill.artifact_source import ArtifactSource, find_artifact
+from edgedistill.artifact_source import ArtifactSource, find_artifact, find_runtime
 from edgedistill.beside import Beside
 from edgedistill.cache import Cache
 from edgedistill.chat import Chat
@@ -19,7 +19,6 @@ from edgedistill.evaluation_tasks import ScoreHarness, TakeArtifact
 from edgedistill.intake import read_facts, resolve_student
 from edgedistill.pipeline import Pipeline, Say, Step, say
 from edgedistill.plan import REFERENCE_RUNTIME
-from edgedistill.plugins import load_plugin
 from edgedistill.results import Evaluation, Verdict
 from edgedistill.task import Task
 from edgedistill.tasks import EVALUATION_FILE, Compare, Score, ScoreReference, TakeIn
@@ -103,7 +102,7 @@ def _plan(request: Request, criteria: Criteria, artifact: ArtifactSource) -> Ste
     plan = _Plan(
         request=request,
         suite=() if task else tuple(path.absolute() for path in request.suite),
-        runtime=load_plugin("exporters", artifact.format).runtime,
+        runtime=find_runtime(artifact),
         chat=criteria.chat if criteria.chat is not None else artifact.claims.chat,
         context_tokens=claimed or min(CONTEXT_TOKENS, read_facts(source).max_context_tokens),
     )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 
 from edgedistill.report import pictures, words
+from edgedistill.report.confidence import reliability_picture, router_picture
 from edgedistill.report.divergence import divergence_by_text
 from edgedistill.results import (
     ArtifactReport,
@@ -43,6 +44,8 @@ def render_page(report: BuildReport) -> str:
         quality_picture=_picture(pictures.quality_against_size(report)),
         divergence_picture=_picture(divergence_by_text(report)),
         strip=_marked(pictures.strip),
+        reliability_picture=_marked(reliability_picture),
+        router_picture=_marked(router_picture),
         find_artifact=lambda rung, form: _find_artifact(report, rung, form),
         tones=words.VERDICT_TONES,
         marks=words.MARKS,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,6 @@ from edgedistill.verify.divergence import Divergence, kl_divergence, log_softmax
 from edgedistill.verify.lint import lint_stated, read_stated
 from edgedistill.verify.loss import Judges, check_loss, check_structure, check_weights, mean
 from edgedistill.verify.stated import Stated
-from edgedistill.verify.subject import Subject, as_artifact
 from edgedistill.verify.text import check_text
 
 CACHE_TOKENS, CACHE_STEPS = 48, 24
@@ -25,11 +25,15 @@ CACHE_KL = 0.05
 TOKENIZER_OPENS = "tokenizer: opens"
 
 
-def verify_foreign(subject: Subject, judges: Judges, *, threads: int) -> Verification:
+def verify_foreign(
+    artifact: Path, format_name: str, runtime_name: str, judges: Judges, *, threads: int
+) -> Verification:
     """Check a file that edgedistill did not make.
 
     Args:
-        subject: the file.
+        artifact: a directory with its files where runtimes look for them.
+        format_name: ``gguf``, ``onnx`` or ``coreml``.
+        runtime_name: of the plug-in that opens it.
         judges: the student, and the judge's log-probabilities.
         threads: for the runtime.
 
@@ -37,53 +41,39 @@ def verify_foreign(subject: Subject, judges: Judges, *, threads: int) -> Verific
         InputError: the file is damaged beyond its header.
         UnavailableError: its runtime is not installed.
     """
-    name = load_plugin("exporters", subject.format).runtime
-    runtime: Runtime = load_plugin("runtimes", name)()
-    with as_artifact(subject) as artifact:
-        stated = read_stated(artifact, subject.format)
-        if stated is None:
-            raise InputError(f"no reader for the format {subject.format}", where=str(artifact))
-        longest = max(len(text.ids) for text in judges.reference)
-        claimed = stated.context_tokens or 0
-        context_tokens = min(claimed, longest) if claimed > 0 else longest
-        try:
-            session = _open(runtime, subject, artifact, context_tokens, threads)
-        except (InputError, StageError) as error:
-            checks = _lint(stated, subject, judges, frozenset())
-            detail = str(error)
-            checks.append(Check(name="file: loads in its runtime", passed=False, detail=detail))
-            return Verification(
-                checks=checks,
-                against_weights=[],
-                against_reference=[],
-                settings=runtime.settings(),
-            )
-        with session:
-            return _verify(session, artifact, stated, subject, judges, runtime)
+    runtime: Runtime = load_plugin("runtimes", runtime_name)()
+    stated = read_stated(artifact, format_name)
+    if stated is None:
+        raise InputError(f"no reader for the format {format_name}", where=str(artifact))
+    file = _File(artifact, format_name, stated)
+    longest = max(len(text.ids) for text in judges.reference)
+    claimed = stated.context_tokens or 0
+    context_tokens = min(claimed, longest) if claimed > 0 else longest
+    try:
+        session = runtime.open(artifact, context_tokens=context_tokens, threads=threads)
+    except (InputError, StageError) as error:
+        checks = _lint(file, judges, frozenset())
+        detail = str(error)
+        checks.append(Check(name="file: loads in its runtime", passed=False, detail=detail))
+        return Verification(
+            checks=checks, against_weights=[], against_reference=[], settings=runtime.settings()
+        )
+    with session:
+        return _verify(session, file, judges, runtime)
 
 
-def _open(
-    runtime: Runtime, subject: Subject, artifact: Path, context_tokens: int, threads: int
-) -> Session:
-    """Our own convention where the file follows it; other ONNX graphs by their own inputs."""
-    if subject.format == "onnx":
-        from edgedistill.verify.onnx_foreign import ForeignOnnxSession, graph_file, is_ours
+@dataclass(frozen=True)
+class _File:
+    """The artifact's directory, its format, and what it says of itself."""
 
-        if not is_ours(graph_file(artifact)):
-            return ForeignOnnxSession(artifact, context_tokens=context_tokens, threads=threads)
-    return runtime.open(artifact, context_tokens=context_tokens, threads=threads)
+    artifact: Path
+    format: str
+    stated: Stated
 
 
-def _verify(
-    session: Session,
-    artifact: Path,
-    stated: Stated,
-    subject: Subject,
-    judges: Judges,
-    runtime: Runtime,
-) -> Verification:
-    texts = _check_text(session, subject, artifact, judges.student)
-    checks = _lint(stated, subject, judges, _ends(session, artifact, texts))
+def _verify(session: Session, file: _File, judges: Judges, runtime: Runtime) -> Verification:
+    texts = _check_text(session, file, judges.student)
+    checks = _lint(file, judges, _ends(session, file.artifact, texts))
     notes = [runtime.limitation] if runtime.limitation else []
     own: list[TextDivergence] = []
     reference: list[TextDivergence] = []
@@ -93,7 +83,7 @@ def _verify(
         checks += check_structure(own, judges, runtime)
         if judges.loss is not None:
             checks += check_weights(judges.loss, mean(reference, "kl_mean"))
-        checks.append(check_loss(reference, judges, stated))
+        checks.append(check_loss(reference, judges, file.stated))
         checks.append(_check_cache(session, judges.reference[0].ids))
     else:
         detail = f"{session.vocab_size} logits, the reference has {rows}"
@@ -112,11 +102,10 @@ def _verify(
     )
 
 
-def _lint(
-    stated: Stated, subject: Subject, judges: Judges, also_ends: frozenset[int]
-) -> list[Check]:
+def _lint(file: _File, judges: Judges, also_ends: frozenset[int]) -> list[Check]:
     """As for our own artifacts, apart from what others may choose for themselves."""
-    checks = lint_stated(stated, judges.student, subject.format, also_ends=also_ends)
+    stated = file.stated
+    checks = lint_stated(stated, judges.student, file.format, also_ends=also_ends)
     config = Student(judges.student).config
     if stated.context_tokens is not None:
         longest = int(config["max_position_embeddings"])
@@ -168,12 +157,12 @@ def _read_texts(
     return to_own, to_reference
 
 
-def _check_text(session: Session, subject: Subject, artifact: Path, student: Path) -> list[Check]:
+def _check_text(session: Session, file: _File, student: Path) -> list[Check]:
     """What the file makes of text; nothing where it comes without a tokenizer."""
-    if subject.format != "gguf" and not (artifact / "tokenizer.json").is_file():
+    if file.format != "gguf" and not (file.artifact / "tokenizer.json").is_file():
         return []
     try:
-        return check_text(session, artifact, student)
+        return check_text(session, file.artifact, student)
     except InputError as error:
         return [Check(name=TOKENIZER_OPENS, passed=False, detail=str(error))]
 

@@ -9,9 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from edgedistill.errors import InputError
-from edgedistill.onnx_package import CONFIG_FILE, not_installed
+from edgedistill.onnx_package import CONFIG_FILE, decoder_config, graph_file, not_installed
 from edgedistill.student import read_json
-from edgedistill.verify.onnx_foreign import decoder_config, graph_file
 from edgedistill.verify.side_files import read_template
 from edgedistill.verify.stated import Stated, describe, table_frequencies, theta_and_divisors
 

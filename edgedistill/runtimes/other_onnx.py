@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from edgedistill.errors import InputError, StageError, UsageError
-from edgedistill.onnx_package import CONFIG_FILE, FIRST_LOGIT, MODEL_FILE, not_installed
-from edgedistill.runtimes.onnx_runtime import runtime_errors
-from edgedistill.session import Logits, Session
-from edgedistill.student import read_json
+from edgedistill.onnx_package import CONFIG_FILE, decoder_config, graph_file, not_installed
+from edgedistill.runtimes.onnx_runtime import OnnxRuntime, runtime_errors
+from edgedistill.session import Agreement, Logits, Runtime, Session
 
 PREFILL_TOKENS = 256
 LOGIT_ROWS = 128
@@ -30,7 +29,25 @@ DTYPES: dict[str, Any] = {
 _PAST, _PRESENT = "past_key_values.", "present."
 
 
-class ForeignOnnxSession(Session):
+class OtherOnnx(Runtime):
+    """ONNX Runtime on graphs that do not follow our convention."""
+
+    extra: ClassVar[str] = OnnxRuntime.extra
+    limitation: ClassVar[str | None] = "run by its own inputs, for checking: it was not timed so"
+    float_agreement: ClassVar[Agreement] = OnnxRuntime.float_agreement
+    quantized_agreement: ClassVar[Agreement] = OnnxRuntime.quantized_agreement
+
+    def open(self, artifact: Path, *, context_tokens: int, threads: int) -> Session:
+        """Load the graph of a directory."""
+        return OtherOnnxSession(artifact, context_tokens=context_tokens, threads=threads)
+
+    def settings(self) -> dict[str, str]:
+        """Versions and provider; the accuracy level is the graph's own."""
+        settings = OnnxRuntime().settings()
+        return {name: value for name, value in settings.items() if name != "accuracy_level"}
+
+
+class OtherOnnxSession(Session):
     """A decoder with ``input_ids``, ``attention_mask``, perhaps ``position_ids``, and a cache.
 
     Args:
@@ -153,35 +170,6 @@ class ForeignOnnxSession(Session):
             )
 
 
-def graph_file(artifact: Path) -> Path:
-    """The graph of a directory: what ``genai_config.json`` names, ``model.onnx``, or the only one.
-
-    Raises:
-        InputError: there is none, or there are several.
-    """
-    name = decoder_config(artifact).get("filename")
-    if isinstance(name, str) and Path(name).name == name and (artifact / name).is_file():
-        return artifact / name
-    found = sorted(artifact.glob("*.onnx"))
-    named = [path for path in found if path.name == MODEL_FILE] or found
-    if len(named) != 1:
-        raise InputError(f"holds {len(found)} ONNX graphs, not one", where=str(artifact))
-    return named[0]
-
-
-def decoder_config(artifact: Path) -> dict[str, Any]:
-    """What ``genai_config.json`` says of the decoder; empty if it is not there.
-
-    Raises:
-        InputError: it is no JSON object.
-    """
-    if not (artifact / CONFIG_FILE).is_file():
-        return {}
-    model = read_json(artifact / CONFIG_FILE).get("model")
-    decoder = model.get("decoder") if isinstance(model, dict) else None
-    return decoder if isinstance(decoder, dict) else {}
-
-
 def _load(path: Path, threads: int) -> tuple[Any, tuple[type[Exception], ...]]:
     try:
         import onnxruntime
@@ -196,17 +184,3 @@ def _load(path: Path, threads: int) -> tuple[Any, tuple[type[Exception], ...]]:
     except errors as error:
         raise InputError(f"ONNX Runtime does not load it: {error}", where=str(path)) from error
     return model, errors
-
-
-def is_ours(graph: Path) -> bool:
-    """Whether a graph follows our convention: it takes ``first_logit``.
-
-    Raises:
-        InputError: it is no ONNX model.
-        UnavailableError: the ``onnx`` package is not installed.
-    """
-    try:
-        from edgedistill.onnx_graph import read_model
-    except ModuleNotFoundError as error:
-        raise not_installed(error) from error
-    return FIRST_LOGIT in {value.name for value in read_model(graph).graph.input}
