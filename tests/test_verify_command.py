@@ -24,12 +24,14 @@ from edgedistill.manifest import MANIFEST_FILE, Manifest, ManifestFile
 from edgedistill.plugins import load_plugin
 from edgedistill.publish import publish_artifact
 from edgedistill.quantized import Grid
+from edgedistill.evaluate.command import Request, evaluate_artifact
 from edgedistill.recheck import Rechecked, RecheckReport, Verifier
 from edgedistill.results import Verification
 from edgedistill.student import Student
 from edgedistill.verify.golden import make_golden
 from edgedistill.verify.manifest_files import read_manifest
 from tests.rounded import round_student
+from tests.recipes import write_suite
 from tests.tiny import write_student
 
 Tiny = Callable[[str], Path]
@@ -465,7 +467,7 @@ def test_other_formats_are_held_against_a_student(
 
 
 @pytest.mark.slow
-def test_a_graph_by_the_builder_of_onnxruntime_genai_is_verified(
+def test_a_graph_by_the_builder_of_onnxruntime_genai_is_verified_and_evaluated(
     tiny: Tiny, tmp_path: Path, cache: Path
 ) -> None:
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
@@ -481,6 +483,14 @@ def test_a_graph_by_the_builder_of_onnxruntime_genai_is_verified(
     assert find(item, "lint: RoPE scaling").passed
     (item,) = verify(cache, tmp_path / "built", against=tiny("llama")).artifacts
     assert {"lint: RoPE scaling", "lint: head size", "loss: KL to the reference"} <= failed(item)
+    suite = write_suite(tmp_path / "suite.jsonl", 24)
+    asked = Request(tmp_path / "built", (suite,), str(tiny("llama3")), cache, threads=1)
+    found = evaluate_artifact(asked, lambda _: None).evaluation
+    assert found is not None
+    assert found.runtime == "other_onnx"
+    assert found.overall.retention == 1
+    assert found.overall.choice is not None
+    assert found.overall.choice.divergence.max < 1e-6
 
 
 @pytest.mark.parametrize("size", [3, 1000, 20000])

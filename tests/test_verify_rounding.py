@@ -12,7 +12,7 @@ import pytest
 from edgedistill.session import Agreement
 from edgedistill.stages.quantize_rtn import QuantizeRtn
 from edgedistill.student import Student, StudentWriter
-from edgedistill.verify.rounding import COSTS_FILE, LARGEST_COST, fit_agreement
+from edgedistill.verify.rounding import COSTS_FILE, LARGEST_LIMIT, fit_agreement
 from tests.peaked import Good, export, make_good, verify
 
 # Rounding moves it by more than a runtime's own limit allows: it is wide for its size.
@@ -65,7 +65,7 @@ def test_a_wider_limit_is_said_and_lets_no_fault_pass(sensitive: Made, tmp_path:
     check = next(c for c in verify(good, artifact, "gguf").checks if c.name == "logits: mean KL")
     assert check.limit is not None
     assert check.limit > 1e-4
-    assert "float16 activations alone move this model by" in check.detail
+    assert "because float16 activations alone move this model by" in check.detail
     faulty = export(_norm_moved(good.rung.student, tmp_path / "moved"), tmp_path / "bad", "gguf")
     failed = {c.name for c in verify(good, faulty, "gguf").checks if not c.passed}
     assert "logits: mean KL" in failed
@@ -90,7 +90,7 @@ def _norm_moved(student: Path, dst: Path) -> Path:
         (1e-6, 9, 1e-4, 0.995),  # moved by less: the runtime's own limits hold
         (1e-3, 0, 4e-3, 1 - 4 * 3 / 600),
         (1e-3, 15, 4e-3, 1 - 4 * 18 / 600),
-        (9.0, 600, 4 * LARGEST_COST, 0.5),
+        (9.0, 600, LARGEST_LIMIT, 0.5),
     ],
 )
 def test_limits_widen_with_the_cost_and_never_close(

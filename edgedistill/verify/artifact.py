@@ -156,8 +156,8 @@ def _told(agreement: Agreement, standard: Agreement) -> str:
         return ""
     cost = agreement.kl_mean / agreement.times
     return (
-        f"; {agreement.rounding} activations alone move this model by {cost:.2g}, "
-        f"so the limit is {agreement.times:g} times that and not {standard.kl_mean:g}"
+        f"; the limit is wider than {standard.kl_mean:g} because {agreement.rounding} activations "
+        f"alone move this model by {cost:.2g} or more"
     )
 
 

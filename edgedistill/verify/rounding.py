@@ -25,8 +25,8 @@ COSTS_FILE = "rounding.json"
 # Of each text; a mean over some hundred positions is enough for a limit.
 TOKENS = 200
 INT8_BLOCK = 32  # activations of one scale in llama.cpp (Q8_0)
-# Nats a token.  A model that rounding moves by more cannot be told from another one.
-LARGEST_COST = 0.1
+# Nats a token.  A model that rounding moves by more cannot be told from another one, and fails.
+LARGEST_LIMIT = 0.2
 # So many may be expected where none was seen (the rule of three).
 FLIPS_UNSEEN = 3
 
@@ -56,7 +56,7 @@ def fit_agreement(agreement: Agreement, judge: Path) -> Agreement:
     if agreement.rounding is None:
         return agreement
     cost = RoundingCost(**read_json(judge / COSTS_FILE)[agreement.rounding])
-    kl_mean = agreement.times * min(cost.kl_mean, LARGEST_COST)
+    kl_mean = min(agreement.times * cost.kl_mean, LARGEST_LIMIT)
     if kl_mean <= agreement.kl_mean:
         return agreement
     share = (cost.flips + FLIPS_UNSEEN) / cost.tokens
