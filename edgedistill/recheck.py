@@ -157,9 +157,7 @@ class _Foreign:
         error = pipeline.outcome(self._judge).error
         if error is not None:
             raise error
-        return [
-            self._verify(path, source) for path, source in zip(paths, sources, strict=True)
-        ]
+        return [self._verify(path, source) for path, source in zip(paths, sources, strict=True)]
 
     def _verify(self, path: Path, source: ArtifactSource) -> Rechecked:
         take = self._step(f"{path.name}: take in", TakeArtifact(source=source.path))
@@ -184,9 +182,7 @@ class _Foreign:
             runtime = find_runtime(source)
         except EdgedistillError as error:
             return _joined(made, None, error, "file: readable")
-        task = VerifyForeign(
-            format=source.format, runtime=runtime, threads=self._verifier.threads
-        )
+        task = VerifyForeign(format=source.format, runtime=runtime, threads=self._verifier.threads)
         step = self._step(f"{path.name}: verify", task, **inputs)
         found, problem = self._verifier.run_step(step)
         return _joined(made, found, problem, "file: readable")

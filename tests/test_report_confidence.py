@@ -24,9 +24,7 @@ def estimate(value: float) -> Estimate:
 
 
 def point(confidence: float, accuracy: float) -> ReliabilityPoint:
-    return ReliabilityPoint(
-        cases=20, share=0.5, confidence=confidence, accuracy=estimate(accuracy)
-    )
+    return ReliabilityPoint(cases=20, share=0.5, confidence=confidence, accuracy=estimate(accuracy))
 
 
 def router(curve: list[RouterPoint], threshold: float | None = 0.6) -> Router:

@@ -20,18 +20,18 @@ import edgedistill
 from edgedistill.chat import Chat
 from edgedistill.content import files_below, sha256_file
 from edgedistill.errors import ExitCode, InputError
+from edgedistill.evaluate.command import Request, evaluate_artifact
 from edgedistill.manifest import MANIFEST_FILE, Manifest, ManifestFile
 from edgedistill.plugins import load_plugin
 from edgedistill.publish import publish_artifact
 from edgedistill.quantized import Grid
-from edgedistill.evaluate.command import Request, evaluate_artifact
 from edgedistill.recheck import Rechecked, RecheckReport, Verifier
 from edgedistill.results import Verification
 from edgedistill.student import Student
 from edgedistill.verify.golden import make_golden
 from edgedistill.verify.manifest_files import read_manifest
-from tests.rounded import round_student
 from tests.recipes import write_suite
+from tests.rounded import round_student
 from tests.tiny import write_student
 
 Tiny = Callable[[str], Path]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from edgedistill.choice_results import Reliability, ReliabilityPoint, Router
 from edgedistill.report import words
@@ -25,7 +26,9 @@ def reliability_picture(reliability: Reliability, name: str) -> str:
     canvas.line(x(0.0), y(0.0), x(1.0), y(1.0), "floor")
     _curve(canvas, reliability.reference, x, y, "hollow")
     _curve(canvas, reliability.artifact, x, y, "filled")
-    canvas.text(LEFT, 14, f"filled: {name} · hollow: reference · line: as right as it is sure", "tick")
+    canvas.text(
+        LEFT, 14, f"filled: {name} · hollow: reference · line: as right as it is sure", "tick"
+    )
     return canvas.render("picture small")
 
 
@@ -39,7 +42,7 @@ def router_picture(router: Router) -> str:
     _axes(canvas, x, y, ("kept on the device", "right"))
     canvas.line(LEFT, y(router.target_accuracy), RIGHT, y(router.target_accuracy), "floor")
     places = [(x(point.kept), y(point.accuracy)) for point in router.curve]
-    for (x1, y1), (x2, y2) in zip(places, places[1:], strict=False):
+    for (x1, y1), (x2, y2) in pairwise(places):
         canvas.line(x1, y1, x2, y2, "span")
     for point, (across, up) in zip(router.curve, places, strict=True):
         tip = (

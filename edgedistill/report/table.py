@@ -116,10 +116,13 @@ def _legend(report: BuildReport) -> str:
     benches = [a.bench for a in report.artifacts if a.bench is not None]
     depth = f" after {min(benches[0].ttft_model_ms)} tokens, p50" if benches else ""
     lines = [f"KL to the reference on the worst text; TTFT and tok/s{depth}; – not measured"]
-    samples = {a.format: a.evaluation for a in report.artifacts if a.evaluation}
-    counts = [f"{e.cases:,} ({name})" for name, e in samples.items() if words.is_sample(e)]
-    if counts:
-        of = words.visible(", ".join(counts))
+    samples = {
+        f"{a.rung}/{a.format}": a.evaluation.cases
+        for a in report.artifacts
+        if a.evaluation is not None and words.is_sample(a.evaluation)
+    }
+    if samples:
+        of = words.visible(", ".join(f"{count:,} ({name})" for name, count in samples.items()))
         lines.append(f"° of a sample of cases, {of}: compare its retention instead")
     if any(not bench.accepted for bench in benches):
         lines.append("* the machine was busy or its times varied: do not trust this figure")

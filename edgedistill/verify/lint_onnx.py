@@ -152,15 +152,35 @@ class _Graph:
 
     def _array(self, name: str) -> npt.NDArray[Any]:
         from onnx import numpy_helper
-        from onnx.checker import ValidationError
 
         try:
-            values: npt.NDArray[Any] = numpy_helper.to_array(
-                self._initializers[name], str(self._path.parent)
-            )
-        except (OSError, RuntimeError, ValueError, TypeError, ValidationError) as error:
+            values: npt.NDArray[Any] = numpy_helper.to_array(self._stored(name))
+        except (OSError, KeyError, ValueError, TypeError) as error:
             raise InputError(f"{name} cannot be read ({error})", where=str(self._path)) from error
         return values
+
+    def _stored(self, name: str) -> Any:
+        """An initializer with its bytes in it; onnx itself refuses files that are hard links."""
+        from onnx import TensorProto
+
+        tensor = self._initializers[name]
+        if tensor.data_location != TensorProto.EXTERNAL:
+            return tensor
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        if Path(place["location"]).name != place["location"]:
+            raise ValueError(f"its data lie outside the directory, at {place['location']!r}")
+        offset, length = int(place.get("offset", 0)), int(place["length"])
+        path = self._path.parent / place["location"]
+        if not 0 <= offset <= offset + length <= path.stat().st_size:
+            raise ValueError(f"{length} bytes from {offset} on are not in {path.name}")
+        whole = TensorProto()
+        whole.CopyFrom(tensor)
+        whole.data_location = TensorProto.DEFAULT
+        del whole.external_data[:]
+        with path.open("rb") as file:
+            file.seek(offset)
+            whole.raw_data = file.read(length)
+        return whole
 
 
 def _stem(name: str) -> str:
