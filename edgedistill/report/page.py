@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 WORST_FIRST: tuple[words.Tone, ...] = ("bad", "warn", "muted", "good")
 SHOWN_FLIPS = 6
 MAX_FLIPS = 300  # in the page; report.json has them all
+WIDEST_RETENTION = (0.75, 1.25)
 LINT = "lint: facts as in config.json"
 MAX_PROMPT_CHARACTERS = 600
 
@@ -209,13 +210,15 @@ def _cases(artifact: ArtifactReport) -> int:
 
 
 def _retention_range(report: BuildReport) -> tuple[float, float]:
-    """One scale for all slices of all rungs, so that they can be compared by eye."""
+    """One scale for all slices of all rungs, so that they can be compared by eye.
+
+    Intervals of few cases may reach beyond it, or all others would be dots.
+    """
     ends = [1.0]
-    for artifact in report.artifacts:
-        for quality in artifact.evaluation.slices if artifact.evaluation else ():
-            if (
-                artifact.evaluation
-                and artifact.evaluation.cases == artifact.evaluation.cases_in_suite
-            ):
-                ends += [quality.retention_interval.low, quality.retention_interval.high]
-    return max(0.0, min(ends) - 0.01), min(2.0, max(ends) + 0.01)
+    for name in pictures.rungs(report):
+        judged = [a for a in report.artifacts if a.rung == name and a.evaluation is not None]
+        judge = max(judged, key=_cases, default=None)
+        for quality in judge.evaluation.slices if judge and judge.evaluation else ():
+            ends += [quality.retention_interval.low, quality.retention_interval.high]
+    low, high = WIDEST_RETENTION
+    return max(low, min(ends) - 0.01), min(high, max(ends) + 0.01)

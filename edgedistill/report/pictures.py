@@ -257,7 +257,8 @@ def whisker(
         canvas.line(x(limit), 1, x(limit), height - 1, "floor")
     canvas.line(x(interval.low), middle, x(interval.high), middle, f"error {tone}")
     for end in (interval.low, interval.high):
-        canvas.line(x(end), middle - 3.5, x(end), middle + 3.5, f"error {tone}")
+        if low <= end <= high:  # an interval that goes on beyond the scale has no end
+            canvas.line(x(end), middle - 3.5, x(end), middle + 3.5, f"error {tone}")
     tip = f"{words.percent(value)}, 95% interval {words.percent_interval(interval)}"
     canvas.mark(x(value), middle, "circle", f"mark filled {tone}", tip, 4)
     return canvas.render("whisker")
