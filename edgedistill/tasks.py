@@ -162,11 +162,12 @@ class Verify(Task):
 
 
 class ScoreReference(Task):
-    """Score the suite with the reference, in ``transformers`` float32."""
+    """Score the suite, or a sample of it, with the reference, in ``transformers`` float32."""
 
     suite: tuple[Path, ...]
     chat: Chat
     context_tokens: int
+    sample: int | None = None
 
     def run(self, inputs: Mapping[str, Path], dst: Path) -> None:
         """Reads ``student``, writes ``scores.jsonl``."""
@@ -176,6 +177,7 @@ class ScoreReference(Task):
             inputs["student"],
             self.suite,
             dst,
+            sample=self.sample,
             chat=self.chat,
             threads=self.threads,
             context_tokens=self.context_tokens,

@@ -347,3 +347,19 @@ def test_an_artifact_of_ours_is_linked_not_copied(tiny: Tiny, gguf: Path, tmp_pa
     dst.mkdir()
     find_artifact(tmp_path / "model.gguf").link(dst)
     assert (dst / "model.gguf").stat().st_ino == (tmp_path / "model.gguf").stat().st_ino
+
+
+def test_a_sample_asks_the_reference_no_more_unless_all_its_scores_are_at_hand(
+    tiny: Tiny, gguf: Path, suite: Path, tmp_path: Path
+) -> None:
+    scored: list[int] = []
+    for sample in (7, None, 5):
+        asked = request(gguf, tiny(), suite, tmp_path / "cache", sample=sample)
+        found = evaluate_artifact(asked, lambda _: None).evaluation
+        assert found is not None
+        assert found.cases == (sample or 26)
+        judged = _plan(asked, read_criteria(None), find_artifact(gguf))
+        scores = tmp_path / "cache" / "steps" / judged.inputs["reference_scores"].key
+        lines = next(scores.rglob("scores.jsonl")).read_text().splitlines()
+        scored.append(len(lines))
+    assert scored == [7, 26, 26]

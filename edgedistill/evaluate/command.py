@@ -141,13 +141,17 @@ class _Plan:
         if task is not None:
             return self.step("reference: score", self._harness(task, REFERENCE_RUNTIME), **inputs)
         # As a build does it, so that its scores are found in the cache.
-        score = ScoreReference(
+        whole = ScoreReference(
             suite=self.suite,
             chat=self.chat,
             context_tokens=self.context_tokens,
             threads=self.request.threads,
         )
-        return self.step("reference: score", score, **inputs)
+        step = self.step("reference: score", whole, **inputs)
+        if self.request.sample is None or Cache(self.request.cache).find(step.key) is not None:
+            return step
+        sample = whole.model_copy(update={"sample": self.request.sample})
+        return self.step("reference: score", sample, **inputs)
 
     def score_artifact(self, task: HarnessTask | None, **inputs: Step) -> Step:
         if task is not None:

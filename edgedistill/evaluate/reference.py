@@ -27,7 +27,7 @@ from edgedistill.evaluate.score import (
     score_cases,
     write_scores,
 )
-from edgedistill.evaluate.suite import ChoiceCase, load_suite
+from edgedistill.evaluate.suite import ChoiceCase, load_suite, sample_cases
 from edgedistill.progress import progress_bar
 from edgedistill.runtimes.torch_reference import TorchSession, load_model, new_cache
 
@@ -43,11 +43,12 @@ def score_reference(
     suite: Sequence[Path],
     dst: Path,
     *,
+    sample: int | None = None,
     chat: Chat,
     threads: int,
     context_tokens: int,
 ) -> None:
-    """Score the whole suite with a student in float32; writes what ``score_artifact`` writes.
+    """Score the suite with a student in float32; writes what ``score_artifact`` writes.
 
     Beside it goes ``baseline-<sha256>.safetensors``, for comparisons without the reference.
 
@@ -55,6 +56,7 @@ def score_reference(
         student: float or quantized (then dequantized to a temporary copy).
         suite: JSONL files.
         dst: an empty directory.
+        sample: number of cases, the same that an artifact's sample has; None scores all.
         chat: the fixed part of the conversation.
         threads: of torch.
         context_tokens: what a case must fit into.
@@ -64,7 +66,7 @@ def score_reference(
         UnavailableError: torch is not installed.
         StageError: the logits are not finite.
     """
-    cases = load_suite(suite)
+    cases = sample_cases(load_suite(suite), sample)
     prompts = render_prompts(student, cases, chat, context_tokens=context_tokens)
     started = time.monotonic()
     model = load_model(student, threads=threads)
