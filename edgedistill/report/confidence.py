@@ -10,7 +10,7 @@ from edgedistill.report import words
 from edgedistill.report.svg import Canvas, Scale, nice_ticks
 
 WIDTH, HEIGHT = 430.0, 320.0
-LEFT, TOP, RIGHT, BOTTOM = 52.0, 30.0, WIDTH - 14.0, HEIGHT - 46.0
+LEFT, TOP, RIGHT, BOTTOM = 52.0, 48.0, WIDTH - 24.0, HEIGHT - 46.0
 
 
 def reliability_picture(reliability: Reliability, name: str) -> str:
@@ -23,7 +23,7 @@ def reliability_picture(reliability: Reliability, name: str) -> str:
     canvas = Canvas(WIDTH, HEIGHT, "Share of right answers against confidence")
     x, y = Scale(0.0, 1.0, LEFT, RIGHT), Scale(0.0, 1.0, BOTTOM, TOP)
     _axes(canvas, x, y, ("confidence", "right"))
-    canvas.line(x(0.0), y(0.0), x(1.0), y(1.0), "floor")
+    canvas.line(x(0.0), y(0.0), x(1.0), y(1.0), "reference")
     _curve(canvas, reliability.reference, x, y, "hollow")
     _curve(canvas, reliability.artifact, x, y, "filled")
     canvas.text(
@@ -67,7 +67,7 @@ def _axes(canvas: Canvas, x: Scale, y: Scale, names: tuple[str, str]) -> None:
         canvas.line(LEFT, y(tick), RIGHT, y(tick), "grid")
         canvas.text(LEFT - 6, y(tick) + 4, words.percent(tick, 0), "tick", "end")
     canvas.text(RIGHT, BOTTOM + 36, names[0], "axis-title", "end")
-    canvas.text(4, TOP - 2, names[1], "axis-title")
+    canvas.text(LEFT - 6, TOP - 12, names[1], "axis-title", "end")
 
 
 def _curve(
