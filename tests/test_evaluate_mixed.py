@@ -178,11 +178,15 @@ def test_texts_are_held_by_a_clause_of_their_own(world: World) -> None:
         if isinstance(score, TextBits):
             world.artifact[case_id] = TextBits(score.bits_per_byte + 0.4, score.size_bytes)
     evaluation = world.run(Floor(score=0.5, max_bits_per_byte_loss=0.05))
-    assert [check.verdict for check in evaluation.floor] == ["pass", "fail"]
+    assert [check.verdict for check in evaluation.floor] == ["pass", "fail", "fail"]
     assert evaluation.verdict == "fail"
     row = {"texts": SliceSpec(max_bits_per_byte_loss=0.05)}
-    assert world.run(Floor(score=0.5), row).verdict == "fail"
-    assert world.run(Floor(score=0.5)).verdict == "pass"
+    (_, held) = world.run(Floor(score=0.5), row).floor
+    assert (held.clause, held.verdict) == ("max_bits_per_byte_loss", "fail")
+    (_, unnamed) = world.run(Floor(score=0.5)).floor
+    assert (unnamed.clause, unnamed.slice) == ("unnamed loss in texts", "texts")
+    given_up = {"texts": SliceSpec(sacrificed="nobody reads them")}
+    assert world.run(Floor(score=0.5), given_up).verdict == "pass"
 
 
 def test_a_sample_without_texts_leaves_their_clause_open(world: World) -> None:

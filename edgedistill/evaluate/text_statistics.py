@@ -9,6 +9,8 @@ import numpy as np
 from edgedistill.evaluate.statistics import CONFIDENCE, Bools, Floats, bootstrap_sums
 from edgedistill.results import Interval
 
+LEAST_TEXTS = 10
+
 
 @dataclass(frozen=True)
 class TextPairs:
@@ -56,9 +58,24 @@ class TextPairs:
         """
         if self.count < 2:
             return Interval(low=-np.inf, high=np.inf)
+        tail = (1.0 - CONFIDENCE) / 2.0
+        low, high = np.quantile(self._resampled_losses(), [tail, 1.0 - tail])
+        return Interval(low=float(low), high=float(high))
+
+    def loss_p_value(self) -> float:
+        """One-sided, of "the artifact needs no more bits": the share of resamples where it is so.
+
+        Of few texts the bootstrap says too much; fewer than ``LEAST_TEXTS`` give 1.
+        """
+        if self.count < LEAST_TEXTS:
+            return 1.0
+        losses = self._resampled_losses()
+        return float(1 + np.count_nonzero(losses <= 0.0)) / (1 + len(losses))
+
+    def _resampled_losses(self) -> Floats:
+        """float64 [resamples]."""
         bytes_of_each = self.weights * self.sizes
         columns = np.stack([bytes_of_each, bytes_of_each * (self.artifact - self.reference)], 1)
         total, bits = np.moveaxis(bootstrap_sums(columns), -1, 0)
-        tail = (1.0 - CONFIDENCE) / 2.0
-        low, high = np.quantile(bits / total, [tail, 1.0 - tail])
-        return Interval(low=float(low), high=float(high))
+        losses: Floats = bits / total
+        return losses

@@ -21,6 +21,7 @@ from edgedistill.disk import disk_error
 from edgedistill.errors import InputError
 from edgedistill.evaluate.capabilities import UNNAMED
 from edgedistill.evaluate.judge import LARGEST_VALUE, overall_verdict
+from edgedistill.evaluate.text_judge import UNNAMED_TEXTS
 from edgedistill.floor import Floor, IsoDate, Words
 from edgedistill.recipe_yaml import dotted, read_yaml
 from edgedistill.results import Document, Evaluation, FloorCheck
@@ -32,7 +33,7 @@ HEADER = (
 ROUNDING = 1e-9  # a loss of the same size, written and read again
 
 # The clauses whose figure grows with the loss; of the others it falls.
-_GROWS = {*LARGEST_VALUE, "protected", UNNAMED}
+_GROWS = {*LARGEST_VALUE, "protected", UNNAMED, UNNAMED_TEXTS}
 
 
 def _one_line(text: str) -> str:

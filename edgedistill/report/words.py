@@ -56,6 +56,9 @@ class Standing:
         return MARKS[self.tone]
 
 
+SIGNED_CLAUSES = ("max_log_score_loss", "max_bits_per_byte_loss", "unnamed loss in texts")
+
+
 def standing(report: BuildReport, artifact: ArtifactReport) -> Standing:
     """The gates in their order: verification, floor, budget; then whether a target ships it."""
     targets = ship_targets(report, artifact)
@@ -210,6 +213,8 @@ def floor_check(check: FloorCheck) -> str:
     """One clause as a sentence: what is demanded, what was found, what is lacking to decide."""
     if check.clause in ("protected", "sacrificed", "unnamed loss"):
         text = _score_loss(check)
+    elif check.clause == "unnamed loss in texts":
+        text = f"{check.clause}: {_clause_value(check)} bits per byte, tolerated +{check.limit:.2f}"
     else:
         text = f"{clause_limit(check.clause, check.limit)}: {_clause_value(check)}"
     if check.cases_needed:
@@ -228,7 +233,7 @@ def _score_loss(check: FloorCheck) -> str:
 def _clause_value(check: FloorCheck) -> str:
     if check.value is None or check.interval is None:
         return "no case in the sample"
-    if check.clause in ("max_log_score_loss", "max_bits_per_byte_loss"):
+    if check.clause in SIGNED_CLAUSES:
         return f"{signed(check.value)} ({signed_interval(check.interval)})"
     return f"{percent(check.value)} ({percent_interval(check.interval)})"
 
