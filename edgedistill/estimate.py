@@ -12,11 +12,13 @@ from collections.abc import Sequence
 from edgedistill.decoder import DecoderFacts
 from edgedistill.quantized import Grid
 from edgedistill.recipe import StageStep
-from edgedistill.verify.judge import TOKENS_PER_TEXT
+from edgedistill.verify.judge import STRETCH_ENDS, STRETCH_TOKENS, TOKENS_PER_TEXT
 
 # A process with numpy, and one with torch and transformers, before they hold a tensor.
 BASE_BYTES = 120_000_000
 TORCH_BASE_BYTES = 450_000_000
+# Of three texts and the stretches of a long prompt.
+JUDGED_TOKENS = 3 * TOKENS_PER_TEXT + len(STRETCH_ENDS) * STRETCH_TOKENS
 # One case of about 40 new tokens, for each billion parameters, on two threads.
 SECONDS_PER_CASE = {"gguf": 0.35, "onnx": 0.6, "coreml": 8.0}
 REFERENCE_SECONDS_PER_CASE = 0.5
@@ -72,9 +74,22 @@ def tensor_peak_bytes(facts: DecoderFacts) -> int:
     return BASE_BYTES + 4 * 4 * largest + 256 * 1024 * 1024
 
 
-def runtime_peak_bytes(weight_bytes: int) -> int:
-    """Peak memory of a process that runs an artifact."""
-    return TORCH_BASE_BYTES + 2 * weight_bytes
+def runtime_peak_bytes(
+    facts: DecoderFacts, weight_bytes: int, format_name: str, *, judges: int = 0
+) -> int:
+    """Peak memory of a process that runs an artifact.
+
+    Core ML's interpreter holds the weights in float32 as well.
+
+    Args:
+        facts: of the student.
+        weight_bytes: of the artifact.
+        format_name: of its exporter.
+        judges: whose log-probabilities are mapped beside it, as verification does.
+    """
+    held = 4 * facts.parameters if format_name == "coreml" else 0
+    mapped = judges * JUDGED_TOKENS * facts.vocab_size * 4
+    return TORCH_BASE_BYTES + 2 * weight_bytes + held + mapped
 
 
 def scoring_seconds(facts: DecoderFacts, cases: int, format_name: str | None) -> float:

@@ -235,7 +235,11 @@ class _Estimate:
         if isinstance(step.task, ScoreReference | JudgeLogits | ReadTraffic):
             return seconds, judge_peak_bytes(self._facts)
         if artifact and "artifact" in step.inputs:
-            return seconds, runtime_peak_bytes(artifact.weight_bytes)
+            judges = sum(name.endswith("_judge") for name in step.inputs)
+            peak = runtime_peak_bytes(
+                self._facts, artifact.weight_bytes, artifact.format, judges=judges
+            )
+            return seconds, peak
         return seconds, tensor_peak_bytes(self._facts)
 
 
