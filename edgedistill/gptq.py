@@ -171,7 +171,9 @@ class Gptq:
         return (weight / weight.mean(dtype=np.float64)).astype(np.float32)
 
 
-def column_order(importance: npt.NDArray[np.floating], group_size: int, order: Order) -> npt.NDArray[np.int64]:
+def column_order(
+    importance: npt.NDArray[np.floating], group_size: int, order: Order
+) -> npt.NDArray[np.int64]:
     """In which order the columns are rounded: int64 [columns]; equal ones stay as they are.
 
     Args:
@@ -201,7 +203,7 @@ def _factorize(
 ) -> tuple[FloatArray, FloatArray]:
     """The damped Hessian, and ``U`` with ``U^T U`` its inverse in the order of rounding.
 
-    Its Cholesky factor from the far end is upper triangular, ``H = R R^T``, and ``U`` is the inverse
+    The Cholesky factor from the far end is upper triangular, ``H = R R^T``, and ``U`` is the inverse
     of that: nothing but a triangle is ever inverted.  A column that reads nothing is left with the
     damping alone, so it is rounded to nearest and carries no error of others.
 

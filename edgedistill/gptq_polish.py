@@ -64,9 +64,7 @@ def _rows(quantized: QTensor, start: int, stop: int) -> QTensor:
     return QTensor(quantized.grid, quantized.codes[rows], quantized.scales[rows], zeros)
 
 
-def _refit(
-    quantized: QTensor, target: FloatArray, hessian: FloatArray
-) -> npt.NDArray[np.float16]:
+def _refit(quantized: QTensor, target: FloatArray, hessian: FloatArray) -> npt.NDArray[np.float16]:
     """The error of a row is quadratic in its scales: ``s A s - 2 b s + ...``, A of all groups."""
     grid, (rows, _) = quantized.grid, quantized.shape
     groups = quantized.scales.shape[1]

@@ -48,9 +48,7 @@ class QuantizeRtn(MatrixGrids, Stage):
                     writer.write(name, values)
 
 
-def round_to_grid(
-    weights: FloatArray, grid: Grid, importance: FloatArray | None = None
-) -> QTensor:
+def round_to_grid(weights: FloatArray, grid: Grid, importance: FloatArray | None = None) -> QTensor:
     """Quantize a matrix by rounding, each group's scale chosen for the least squared error.
 
     Args:
