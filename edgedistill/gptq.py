@@ -24,8 +24,8 @@ from edgedistill.stages.quantize_rtn import round_to_grid
 Order = Literal["given", "columns", "groups"]
 Clipping = Literal["plain", "diagonal", "conditional"]
 
-# By how much damping is raised where a Hessian is not positive definite yet, and how often.
-DAMPING_STEP, DAMPING_TRIES = 10.0, 6
+# How far damping is raised, and in what steps, where a Hessian is not positive definite yet.
+DAMPING_STEP, MOST_DAMPING = 10.0, 1.0
 
 
 @dataclass(frozen=True)
@@ -212,14 +212,15 @@ def _factorize(
     """
     exact = torch.from_numpy(hessian.astype(np.float64))
     mean = float(exact.diagonal().mean()) or 1.0
-    for tried in range(DAMPING_TRIES):
-        added = damping * DAMPING_STEP**tried * mean
-        damped = exact + added * torch.eye(len(exact), dtype=torch.float64)
+    share = damping
+    while share <= max(damping, MOST_DAMPING):
+        damped = exact + share * mean * torch.eye(len(exact), dtype=torch.float64)
         permuted = damped[order][:, order]
         lower, failed = torch.linalg.cholesky_ex(permuted.flip(0, 1))
         if not failed:
             return damped.float().numpy(), _inverted(lower.flip(0, 1)).float().numpy()
-    raise StageError(f"a Hessian is not positive definite, even with {added / mean:g} of damping")
+        share *= DAMPING_STEP
+    raise StageError(f"a Hessian is not positive definite, even with {MOST_DAMPING:g} of damping")
 
 
 def _inverted(upper: Tensor) -> Tensor:
