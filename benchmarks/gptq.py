@@ -3,7 +3,7 @@
     python benchmarks/gptq.py --student DIR --work DIR            # all variants, some minutes each
     python benchmarks/gptq.py --student DIR --work DIR --only rtn default
 
-Calibrated on 6,144 tokens of the Python manual (every other one of ``pydoc_data.topics``), judged on
+Calibrated on 6,144 tokens of the Python manual (every other of ``pydoc_data.topics``), judged on
 the other topics and on reviews (``recipes/data/sentiment/suite.jsonl``).  Judge and judged are both
 ``transformers`` in float32, the judged one on dequantized weights: what rounding does, without the
 arithmetic of a runtime.  Every variant is written to the results as soon as it is known, and is not

@@ -48,10 +48,10 @@ class GptqSettings:
 
     damping: float = 0.05
     order: Order = "groups"
-    clipping: Clipping = "diagonal"
+    clipping: Clipping = "conditional"
     sequential: bool = True
     compensation: float = 0.0
-    polish: int = 0
+    polish: int = 2
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,8 @@ class Gptq:
         else:
             weight = np.empty_like(diagonal)
             weight[self.order] = 1 / np.square(np.diagonal(self._upper))
-        return (weight / weight.mean(dtype=np.float64)).astype(np.float32)
+        relative: FloatArray = (weight / weight.mean(dtype=np.float64)).astype(np.float32)
+        return relative
 
 
 def column_order(
@@ -203,8 +204,8 @@ def _factorize(
 ) -> tuple[FloatArray, FloatArray]:
     """The damped Hessian, and ``U`` with ``U^T U`` its inverse in the order of rounding.
 
-    The Cholesky factor from the far end is upper triangular, ``H = R R^T``, and ``U`` is the inverse
-    of that: nothing but a triangle is ever inverted.  A column that reads nothing is left with the
+    Taken from the far end, the Cholesky factor is upper triangular, ``H = R R^T``, and ``U`` is its
+    inverse: nothing but a triangle is ever inverted.  A column that reads nothing is left with the
     damping alone, so it is rounded to nearest and carries no error of others.
 
     Raises:
@@ -225,4 +226,5 @@ def _factorize(
 
 def _inverted(upper: Tensor) -> Tensor:
     identity = torch.eye(len(upper), dtype=upper.dtype)
-    return torch.linalg.solve_triangular(upper, identity, upper=True)
+    inverse: Tensor = torch.linalg.solve_triangular(upper, identity, upper=True)
+    return inverse
