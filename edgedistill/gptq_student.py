@@ -68,33 +68,22 @@ def quantize_student(
             quantized = round_to_grid(_finite(student, name), grid_of(name))
             writer.write(name, quantized)
             bar.advance()
-        embedding = quantized.dequantize()
-        for name, quantized in _quantize_blocks(
-            student, ids, embedding, grid_of, Path(scratch), settings or GptqSettings()
-        ):
+        settings = settings or GptqSettings()
+        walk = _Walk(student, np.stack(ids), quantized.dequantize(), Path(scratch), settings)
+        for name, quantized in _quantize_blocks(student, walk, grid_of, settings):
             writer.write(name, quantized)
             bar.advance()
 
 
 def _quantize_blocks(
-    student: Student,
-    ids: Sequence[Ids],
-    embedding: FloatArray,
-    grid_of: Callable[[str], Grid],
-    scratch: Path,
-    settings: GptqSettings,
+    student: Student, walk: _Walk, grid_of: Callable[[str], Grid], settings: GptqSettings
 ) -> Iterator[tuple[str, QTensor]]:
-    """Tensor name and what it became, in the order of their use.
-
-    Args:
-        embedding: float32 [vocab, hidden], as it comes out of its own quantization.
-    """
-    walk = _Walk(student, np.stack(ids), embedding, scratch, settings)
+    """Tensor name and what it became, in the order of their use."""
     for layer in range(student.facts.layers):
         names = student.facts.linears(layer)
         whole = walk.forward.read_block(layer)
-        for name in names.values():
-            _finite(student, name)
+        for short, name in names.items():
+            _refuse_infinite(whole.linears[short].numpy(), name, student)
         rounded = BlockWeights(dict(whole.linears), whole.norms, whole.biases)
         # What the calibrated stream runs through.
         through = rounded if settings.sequential else whole
@@ -132,6 +121,13 @@ class _Walk:
 
     Two streams at most: the calibrated one, which sees what was quantized, and, where the error
     between them is to be undone, that of the student as it was.
+
+    Args:
+        student: not quantized.
+        ids: int64 [sequences, tokens].
+        embedding: float32 [vocab, hidden], as it comes out of its own quantization.
+        scratch: an empty directory.
+        settings: the ingredients.
     """
 
     def __init__(
@@ -145,13 +141,13 @@ class _Walk:
         self.forward = DecoderForward(student)
         self._facts = student.facts
         self._batches = _batches(*ids.shape)
-        whole = student.read(student.facts.embedding)
-        compensates = settings.sequential and settings.compensation > 0
-        first = embedding if settings.sequential else whole
-        self._stream = _Stream(self.forward, ids, first, scratch / "calibrated")
-        self._as_it_was = (
-            _Stream(self.forward, ids, whole, scratch / "unquantized") if compensates else None
-        )
+        if not settings.sequential:
+            embedding = student.read(self._facts.embedding)
+        self._stream = _Stream(self.forward, ids, embedding, scratch / "calibrated")
+        self._as_it_was: _Stream | None = None
+        if settings.sequential and settings.compensation > 0:
+            whole = student.read(self._facts.embedding)
+            self._as_it_was = _Stream(self.forward, ids, whole, scratch / "unquantized")
 
     def read_entry(self, half: Half, through: BlockWeights, whole: BlockWeights) -> Inputs:
         """The moments of what the half's first matrices read."""
@@ -254,9 +250,13 @@ def _batches(sequences: int, tokens: int) -> list[slice]:
 
 def _finite(student: Student, name: str) -> FloatArray:
     values = student.read(name)
+    _refuse_infinite(values, name, student)
+    return values
+
+
+def _refuse_infinite(values: FloatArray, name: str, student: Student) -> None:
     if not np.isfinite(values).all():
         raise InputError(f"{name} holds values that are not finite", where=str(student.path))
-    return values
 
 
 def _array(shape: tuple[int, ...], file: Path) -> npt.NDArray[np.float32]:
