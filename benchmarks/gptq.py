@@ -7,7 +7,7 @@ Calibrated on 6,144 tokens of the Python manual (every other of ``pydoc_data.top
 the other topics and on reviews (``recipes/data/sentiment/suite.jsonl``).  Judge and judged are both
 ``transformers`` in float32, the judged one on dequantized weights: what rounding does, without the
 arithmetic of a runtime.  Every variant is written to the results as soon as it is known, and is not
-repeated when it is there.
+repeated when it is there; one that was killed while it was judged is not quantized again.
 """
 
 from __future__ import annotations
@@ -155,28 +155,28 @@ def log_probabilities(model: Any, sequences: list[Ids]) -> Iterator[npt.NDArray[
         yield torch.log_softmax(logits, dim=-1).numpy()
 
 
-def run_variant(
-    student: Path, judge: Judge, ids: list[Ids], choice: MatrixGrids, variant: str, work: Path
+def quantize(
+    student: Path, quantized: Path, ids: list[Ids], choice: MatrixGrids, variant: str
 ) -> dict[str, Any]:
-    """Quantize, judge, and leave nothing behind."""
-    quantized = work / "quantized"
-    shutil.rmtree(quantized, ignore_errors=True)
-    quantized.mkdir()
-    settings = VARIANTS[variant]
-    wall, processor = time.monotonic(), time.process_time()
-    if settings is None:
-        QuantizeRtn(**choice.model_dump(exclude_unset=True)).run(student, quantized)
-    else:
-        quantize_student(Student(student), quantized, ids, choice, settings)
-    measured = {
-        "settings": asdict(settings) if settings else None,
-        "seconds": round(time.monotonic() - wall, 1),
-        "cpu_seconds": round(time.process_time() - processor, 1),
-        "peak_rss_gb": round(peak_rss_bytes() / 1e9, 2),
-        **judge.judge(quantized),
-    }
-    shutil.rmtree(quantized)
-    return measured
+    """Write the student to ``quantized``, if that was not done yet; what it took."""
+    took = quantized.with_name(quantized.name + ".json")
+    if not took.exists():
+        shutil.rmtree(quantized, ignore_errors=True)
+        quantized.mkdir()
+        settings = VARIANTS[variant]
+        wall, processor = time.monotonic(), time.process_time()
+        if settings is None:
+            QuantizeRtn(**choice.model_dump(exclude_unset=True)).run(student, quantized)
+        else:
+            quantize_student(Student(student), quantized, ids, choice, settings)
+        measured = {
+            "settings": asdict(settings) if settings else None,
+            "seconds": round(time.monotonic() - wall, 1),
+            "cpu_seconds": round(time.process_time() - processor, 1),
+            "peak_rss_gb": round(peak_rss_bytes() / 1e9, 2),
+        }
+        took.write_text(json.dumps(measured), encoding="utf-8")
+    return dict(json.loads(took.read_text("utf-8")))
 
 
 def main() -> None:
@@ -208,8 +208,11 @@ def main() -> None:
         results = found.setdefault(section, {})
         if variant in results and not arguments.again:
             continue
-        grids = GRIDS[arguments.grid]
-        results[variant] = run_variant(student, judge, ids, grids, variant, arguments.work)
+        quantized = arguments.work / f"{student.name}.{arguments.grid}.{variant}"
+        took = quantize(student, quantized, ids, GRIDS[arguments.grid], variant)
+        results[variant] = {**took, **judge.judge(quantized)}
+        shutil.rmtree(quantized)
+        quantized.with_name(quantized.name + ".json").unlink()
         found["settings"] = {
             "calibration_tokens": CALIBRATION_TOKENS,
             "evaluation_tokens_a_text": EVALUATION_TOKENS,

@@ -14,7 +14,7 @@ from edgedistill.student import Student, dequantize_student
 from tests.tiny import FAMILY_CONFIGS
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from off_grid import LEAST, MOST, largest_difference, rescalings, take_off_grid  # noqa: E402
+from off_grid import LEAST, MOST, largest_difference, rescalings, take_off_grid
 
 Tiny = Callable[[str], Path]
 
