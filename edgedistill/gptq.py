@@ -62,8 +62,8 @@ class Inputs:
         hessian: float32 [columns, columns], the mean of ``x x^T``.
         drift: float32 [columns, columns], the mean of ``(x' - x) x^T``, where the student as it was
             reads ``x'`` in the same place; None for nothing.
-        residual: float32 [rows, columns], the mean of ``r x^T``, where ``r`` is what the stream
-            that the matrix adds to lacks already; None for nothing.
+        residual: float32 [rows, columns], the mean of ``r x^T``, where ``r`` is what the outputs, or
+            the stream that they are added to, lack besides; None for nothing.
     """
 
     hessian: FloatArray
@@ -104,9 +104,11 @@ class Gptq:
         rounding), of whose step from ``W`` a share is taken.
         """
         share, inputs = self._settings.compensation, self._inputs
-        if not share or inputs.drift is None:
+        if not share or (inputs.drift is None and inputs.residual is None):
             return weights
-        missing = weights @ inputs.drift
+        missing = np.zeros_like(weights)
+        if inputs.drift is not None:
+            missing += weights @ inputs.drift
         if inputs.residual is not None:
             missing += inputs.residual
         step = np.empty_like(weights)

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from edgedistill.calibration import Ids
 from edgedistill.decoder_forward import HALVES, BlockWeights, DecoderForward, Half
@@ -159,16 +160,20 @@ class _Walk:
         return moments.inputs()
 
     def read_exit(self, half: Half, through: BlockWeights, whole: BlockWeights) -> Inputs:
-        """The moments of what the half's last matrix reads, which both streams keep."""
+        """The moments of what the half's last matrix reads, which both streams keep.
+
+        It is a single matrix, so what its outputs lack is counted rather than what its inputs do.
+        """
         rows, columns = whole.linears[half.exit].shape
         moments = _Moments(columns, rows)
         for batch in self._batches:
             x = self._stream.inner(half, through, batch)
-            if self._as_it_was is None:
-                moments.add(x)
-                continue
-            ahead = self._as_it_was.inner(half, whole, batch)
-            moments.add(x, ahead, self._as_it_was.hidden(batch) - self._stream.hidden(batch))
+            lacking = None
+            if self._as_it_was is not None:
+                ahead = self._as_it_was.inner(half, whole, batch)
+                lacking = self._as_it_was.hidden(batch) - self._stream.hidden(batch)
+                lacking += functional.linear(ahead - x, whole.linears[half.exit])
+            moments.add(x, lacking=lacking)
         return moments.inputs()
 
     def leave(self, half: Half, through: BlockWeights, whole: BlockWeights) -> None:
