@@ -62,8 +62,8 @@ class Inputs:
         hessian: float32 [columns, columns], the mean of ``x x^T``.
         drift: float32 [columns, columns], the mean of ``(x' - x) x^T``, where the student as it was
             reads ``x'`` in the same place; None for nothing.
-        residual: float32 [rows, columns], the mean of ``r x^T``, where ``r`` is what the outputs, or
-            the stream that they are added to, lack besides; None for nothing.
+        residual: float32 [rows, columns], the mean of ``r x^T``, where ``r`` is what outputs or
+            the stream that they are added to lack besides; None for nothing.
     """
 
     hessian: FloatArray
