@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -247,7 +248,8 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_student_is_nearer_than_by_rounding_and_in_sequence_nearer_still(
+@pytest.mark.slow
+def test_a_student_is_nearer_in_sequence_and_nearer_still_when_errors_are_undone(
     tiny: Tiny, text: Path, tmp_path: Path
 ) -> None:
     source = tiny("llama")
@@ -265,11 +267,15 @@ def test_a_student_is_nearer_than_by_rounding_and_in_sequence_nearer_still(
         return mean_kl(own, dequantized_logits(dst, held_out, tmp_path / f"{name}-float"))
 
     rounding = kl("rtn", lambda dst: QuantizeRtn(**choice.model_dump()).run(source, dst))
-    alone = replace(GptqSettings(), sequential=False)
-    apart = kl("apart", lambda dst: quantize_student(Student(source), dst, ids, choice, alone))
-    after = kl("after", lambda dst: quantize_student(Student(source), dst, ids, choice))
+
+    def gptq(name: str, **changes: Any) -> float:
+        settings = replace(GptqSettings(compensation=0.0), **changes)
+        return kl(name, lambda dst: quantize_student(Student(source), dst, ids, choice, settings))
+
+    apart, after = gptq("apart", sequential=False), gptq("after")
     assert apart < 0.9 * rounding
     assert after < apart
+    assert gptq("undone", compensation=1.0) < 0.8 * after
 
 
 @pytest.mark.parametrize("family", FAMILY_CONFIGS)
@@ -304,6 +310,7 @@ def test_two_runs_and_hidden_states_in_files_give_the_same_bytes(
 
 @pytest.mark.parametrize("choice", [{"bits": 2}, {"bits": 4}, {"bits": 4, "zero": "fixed"}])
 @pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.slow
 def test_every_format_carries_its_scales_as_they_are(
     tiny: Tiny, tmp_path: Path, name: str, choice: dict[str, object]
 ) -> None:
