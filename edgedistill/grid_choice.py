@@ -1,0 +1,79 @@
+"""Which grid each matrix goes on: the fields that every quantizing stage has."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from edgedistill.decoder import DecoderFacts
+from edgedistill.quantized import Bits, Grid, ZeroKind
+
+
+class GridChoice(BaseModel):
+    """A grid as a recipe states it; what is not given follows from the bits.
+
+    Attributes:
+        bits: 2, 4 or 8.
+        group_size: weights that share a scale; default 32, and 64 for 2 bits.
+        zero: ``integer`` (a zero point for each group; default for 4 bits) or ``fixed``.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    bits: Bits
+    group_size: Annotated[int, Field(ge=16, le=256, multiple_of=16)] | None = None
+    zero: ZeroKind | None = None
+
+    def grid(self) -> Grid:
+        """The grid with its defaults filled in."""
+        zero: ZeroKind = "integer" if self.bits == 4 else "fixed"
+        return Grid(self.bits, self.group_size or (64 if self.bits == 2 else 32), self.zero or zero)
+
+
+class MatrixGrids(GridChoice):
+    """Grids for all matrices of a student: its own fields are those of the linears.
+
+    Attributes:
+        embeddings: grid of the token embedding (and of the head where they are tied); default: the
+            linears' own, but never below 8 bits, because rows of rare tokens have no redundancy.
+        head: grid of an untied head; default: the embeddings'.
+    """
+
+    embeddings: GridChoice | None = None
+    head: GridChoice | None = None
+
+    def grid_of(self, name: str, facts: DecoderFacts) -> Grid:
+        """The grid that the matrix ``name`` goes on."""
+        embeddings = (self.embeddings or GridChoice(bits=8)).grid()
+        if name == facts.embedding:
+            return embeddings
+        if name == facts.head:
+            return self.head.grid() if self.head else embeddings
+        return self.grid()
+
+    def grids(self, facts: DecoderFacts) -> list[Grid]:
+        """The distinct grids in use."""
+        return list(dict.fromkeys(self.grid_of(name, facts) for name in facts.matrices()))
+
+    def problems(self, facts: DecoderFacts, quantized: bool) -> list[str]:
+        """A student that is quantized already; rows that groups do not divide."""
+        if quantized:
+            return ["the student is quantized already: one stage a rung decides the integers"]
+        problems = []
+        if self.head and facts.tied_embeddings:
+            problems.append("head: this student's head is its embedding; state `embeddings` alone")
+        shapes = facts.tensor_shapes()
+        # Blocks are alike: the first stands for all.
+        for name in dict.fromkeys([facts.embedding, *facts.linears(0).values(), facts.head]):
+            grid, columns = self.grid_of(name, facts), shapes[name][1]
+            if columns % grid.group_size:
+                problems.append(
+                    f"group_size {grid.group_size} does not divide the {columns} columns of {name}"
+                )
+        problems += [
+            f"zero: integer goes with 4 bits, not with {grid.bits}"
+            for grid in self.grids(facts)
+            if grid.zero == "integer" and grid.bits != 4
+        ]
+        return problems
