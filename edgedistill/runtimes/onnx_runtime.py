@@ -25,6 +25,7 @@ from edgedistill.student import read_json
 
 PREFILL_TOKENS = 512  # attention takes memory for new x total tokens: a long prompt runs in parts
 LOGIT_ROWS = 128  # positions whose logits lie in memory at once
+CPU = ["CPUExecutionProvider"]
 
 
 class OnnxRuntime(Runtime):
@@ -217,7 +218,8 @@ def _load(artifact: Path, threads: int, accuracy_level: int | None) -> Any:
             "session.model_external_initializers_file_folder_path", str(artifact)
         )
     try:
-        model = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        # Its fallback would say on stdout that it tries once more.
+        model = onnxruntime.InferenceSession(source, options, providers=CPU, enable_fallback=0)
     except runtime_errors() as error:
         raise InputError(
             f"ONNX Runtime does not load it: {error}",

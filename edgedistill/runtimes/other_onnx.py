@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from edgedistill.errors import InputError, StageError, UsageError
 from edgedistill.onnx_package import CONFIG_FILE, decoder_config, graph_file, not_installed
-from edgedistill.runtimes.onnx_runtime import OnnxRuntime, runtime_errors
+from edgedistill.runtimes.onnx_runtime import CPU, OnnxRuntime, runtime_errors
 from edgedistill.session import Agreement, Logits, Runtime, Session
 
 PREFILL_TOKENS = 256
@@ -180,7 +180,7 @@ def _load(path: Path, threads: int) -> tuple[Any, tuple[type[Exception], ...]]:
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3
     try:
-        model = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        model = onnxruntime.InferenceSession(str(path), options, providers=CPU, enable_fallback=0)
     except errors as error:
         raise InputError(f"ONNX Runtime does not load it: {error}", where=str(path)) from error
     return model, errors
