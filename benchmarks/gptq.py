@@ -4,7 +4,7 @@
     python benchmarks/gptq.py --student DIR --work DIR --only rtn default
 
 Calibrated on 6,144 tokens of the Python manual (every other of ``pydoc_data.topics``), judged on
-the other topics and on reviews (``recipes/data/sentiment/suite.jsonl``).  Judge and judged are both
+the rest of it and on reviews (``recipes/data/sentiment/suite.jsonl``).  Judge and judged are both
 ``transformers`` in float32, the judged one on dequantized weights: what rounding does, without the
 arithmetic of a runtime.  Every variant is written to the results as soon as it is known, and is not
 repeated when it is there; one that was killed while it was judged is not quantized again.
@@ -76,17 +76,26 @@ GRIDS = {
 
 
 def write_texts(work: Path) -> dict[str, Path]:
-    """Calibration and evaluation texts as files: no topic and no review is in two of them."""
+    """Calibration and evaluation texts as files; no paragraph is in two of them.
+
+    Topics quote each other, so topics that differ are not enough.
+    """
     from pydoc_data.topics import topics
+
+    def paragraphs(names: list[str]) -> dict[str, str]:
+        """Its words -> a paragraph, each once."""
+        parts = (part for name in names for part in topics[name].split("\n\n"))
+        return {" ".join(part.split()): part for part in parts}
 
     names = sorted(topics)
     reviews = [
         json.loads(line)["messages"][-1]["content"]
         for line in SUITE.read_text("utf-8").splitlines()
     ]
+    seen, unseen = paragraphs(names[::2]), paragraphs(names[1::2])
     texts = {
-        "calibration": "\n\n".join(topics[name] for name in names[::2]),
-        "manual": "\n\n".join(topics[name] for name in names[1::2]),
+        "calibration": "\n\n".join(seen.values()),
+        "manual": "\n\n".join(text for key, text in unseen.items() if key not in seen),
         "reviews": "\n".join(reviews),
     }
     paths = {}

@@ -50,7 +50,7 @@ class GptqSettings:
     order: Order = "groups"
     clipping: Clipping = "conditional"
     sequential: bool = True
-    compensation: float = 0.0
+    compensation: float = 1.0
     polish: int = 2
 
 
