@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from edgedistill.errors import StageError
-from edgedistill.evaluate.prompts import common_prefix
 from edgedistill.session import Logits, Session
+from edgedistill.verify.prompts import common_prefix
 
 POSITIONS = 4  # of an answer: the first token decides most, the next ones show what it became
 KEPT_TOKENS = 256

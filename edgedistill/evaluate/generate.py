@@ -11,11 +11,12 @@ import numpy as np
 
 from edgedistill.chat import Chat, load_tokenizer
 from edgedistill.errors import StageError
-from edgedistill.evaluate.prompts import Prompt, common_prefix
+from edgedistill.evaluate.prompts import Prompt
 from edgedistill.evaluate.suite import GenerateCase
 from edgedistill.progress import progress_bar
 from edgedistill.session import Logits, Session
 from edgedistill.student import read_json
+from edgedistill.verify.prompts import common_prefix
 
 # A word that no template treats in a way of its own.
 _MARK = "edgedistill"

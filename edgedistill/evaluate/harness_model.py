@@ -19,10 +19,10 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from edgedistill.chat import Chat
 from edgedistill.errors import StageError, UsageError
 from edgedistill.evaluate.generate import Voice, write_answer
-from edgedistill.evaluate.prompts import common_prefix
 from edgedistill.evaluate.score import log_softmax
 from edgedistill.progress import progress_bar
 from edgedistill.session import Logits, Session
+from edgedistill.verify.prompts import common_prefix
 
 ANSWER_TOKENS = 256  # where a task does not say how long an answer may be, as the harness has it
 

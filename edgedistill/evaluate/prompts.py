@@ -138,13 +138,3 @@ def _check_lengths(prompts: Sequence[Prompt], context_tokens: int) -> None:
             f"{context_tokens}: {shown}{', ...' if len(long) > SHOWN_CASES else ''}",
             hint="raise context_tokens, or shorten the cases; a long text can be several cases",
         )
-
-
-def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
-    """The number of leading ids that two sequences share."""
-    shared = 0
-    for a, b in zip(first, second, strict=False):
-        if a != b:
-            break
-        shared += 1
-    return shared

@@ -18,7 +18,7 @@ import numpy as np
 
 from edgedistill.chat import Chat
 from edgedistill.evaluate.baseline import BaselineRecorder
-from edgedistill.evaluate.prompts import Prompt, common_prefix, render_prompts
+from edgedistill.evaluate.prompts import Prompt, render_prompts
 from edgedistill.evaluate.score import (
     LogProbs,
     Score,
@@ -30,6 +30,7 @@ from edgedistill.evaluate.score import (
 from edgedistill.evaluate.suite import ChoiceCase, load_suite, sample_cases
 from edgedistill.progress import progress_bar
 from edgedistill.runtimes.torch_reference import TorchSession, load_model, new_cache
+from edgedistill.verify.prompts import common_prefix
 
 if TYPE_CHECKING:
     import torch

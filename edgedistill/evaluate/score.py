@@ -23,12 +23,13 @@ from edgedistill.chat import Chat
 from edgedistill.errors import InputError, StageError
 from edgedistill.evaluate.generate import Voice, generate_answers
 from edgedistill.evaluate.grade import grade_answer
-from edgedistill.evaluate.prompts import Prompt, common_prefix, render_prompts
+from edgedistill.evaluate.prompts import Prompt, render_prompts
 from edgedistill.evaluate.suite import Case, GenerateCase, TextCase, load_suite, sample_cases
 from edgedistill.plugins import load_plugin
 from edgedistill.progress import progress_bar
 from edgedistill.session import Logits, Session
 from edgedistill.student import read_json, write_json
+from edgedistill.verify.prompts import common_prefix
 
 SCORES_FILE = "scores.jsonl"
 TIMING_FILE = "timing.json"

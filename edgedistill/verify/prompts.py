@@ -114,8 +114,8 @@ def read_two_turns(tokenizer: Any, chat: Chat, *, most_tokens: int, where: str) 
         first = (tokenizer.bos_token or "") + QUESTION + " "
         whole = first + ANSWER + " " + NEXT_QUESTION
     ids = _ids(tokenizer, whole)[:most_tokens]
-    cached = min(_shared(_ids(tokenizer, first + ANSWER), ids), len(ids) - 1)
-    first_prompt = min(_shared(_ids(tokenizer, first), ids), cached)
+    cached = min(common_prefix(_ids(tokenizer, first + ANSWER), ids), len(ids) - 1)
+    first_prompt = min(common_prefix(_ids(tokenizer, first), ids), cached)
     return TwoTurns(ids, max(1, first_prompt), max(1, cached))
 
 
@@ -124,11 +124,11 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
-def _shared(left: Sequence[int], right: Sequence[int]) -> int:
-    """The length of what both begin with."""
-    count = 0
-    for one, other in zip(left, right, strict=False):
-        if one != other:
+def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    """The number of leading ids that two sequences share."""
+    shared = 0
+    for a, b in zip(first, second, strict=False):
+        if a != b:
             break
-        count += 1
-    return count
+        shared += 1
+    return shared
