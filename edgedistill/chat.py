@@ -44,7 +44,12 @@ def load_tokenizer(student: Path) -> Any:
 
 
 def render_conversation(
-    tokenizer: Any, messages: Sequence[dict[str, Any]], chat: Chat, *, where: str
+    tokenizer: Any,
+    messages: Sequence[dict[str, Any]],
+    chat: Chat,
+    *,
+    where: str,
+    answering: bool = True,
 ) -> str:
     """The text up to where the assistant's answer begins.
 
@@ -54,6 +59,7 @@ def render_conversation(
             they bring none.
         chat: the fixed part of the conversation.
         where: named in errors.
+        answering: False for a conversation whose last message is an answer; all of it is rendered.
 
     Raises:
         InputError: there is no template, or it refuses the messages.
@@ -71,7 +77,10 @@ def render_conversation(
         conversation.insert(0, {"role": "system", "content": chat.system})
     try:
         text = tokenizer.apply_chat_template(
-            conversation, tokenize=False, add_generation_prompt=True, **chat.template_args
+            conversation,
+            tokenize=False,
+            add_generation_prompt=answering,
+            **chat.template_args,
         )
     except TemplateError as error:
         raise InputError(

@@ -18,6 +18,7 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError
 
+from edgedistill.calibration import Calibration
 from edgedistill.chat import Chat
 from edgedistill.errors import EdgedistillError
 from edgedistill.floor import Floor, SliceSpec
@@ -185,6 +186,8 @@ class Recipe(Part):
         name: of the exports' directory.
         student: a directory, a .gguf file, ``pkg://package/file.gguf``, ``hf://org/name@REVISION``.
         context_tokens: what the artifacts claim.
+        calibration: text for the stages that look at what the student computes with; a stage may
+            state its own, and its own `chat`.
         stages: compression steps that all rungs share; adapters are merged here.
         rungs: name -> its own steps; an empty list is an unquantized rung.
         export: formats without a budget; or else ``targets``.
@@ -203,6 +206,7 @@ class Recipe(Part):
     student: Annotated[str, Field(min_length=1)]
     context_tokens: Annotated[int, Field(ge=8)]
     chat: Chat = Chat()
+    calibration: Calibration = Calibration()
     stages: tuple[StageStep, ...] = ()
     rungs: Annotated[dict[Name, tuple[StageStep, ...]], Field(min_length=1)]
     export: Annotated[tuple[FormatName, ...], Field(min_length=1)] | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -29,6 +29,8 @@ STAND_INS: dict[str, Any] = {
     "export": ["gguf"],
 }
 REPAIRS = 4
+# What a stage takes from the recipe where it has such a field and does not state it itself.
+SHARED_FIELDS = ("calibration", "chat")
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def load_recipe(path: Path, student: str | None = None) -> LoadedRecipe:
         problems += [_problem(document, finding) for finding in findings]
     if problems or recipe is None:
         raise RecipeError(sorted(problems, key=_line))
-    return LoadedRecipe(recipe, path, source, facts)
+    return LoadedRecipe(_with_shared_fields(recipe), path, source, facts)
 
 
 def _absolute(recipe: Recipe, base: Path) -> Recipe:
@@ -112,6 +114,26 @@ def _with_waivers(recipe: Recipe, path: Path) -> Recipe:
     if recipe.waivers is not None:
         return recipe
     return recipe.model_copy(update={"waivers": waivers_beside(path.absolute())})
+
+
+def _with_shared_fields(recipe: Recipe) -> Recipe:
+    """The recipe with its calibration and chat in the stages that take them.
+
+    They are fields of the stage then, so they are part of its key, and of no other stage's.
+    """
+
+    def shared(steps: Iterable[StageStep]) -> tuple[StageStep, ...]:
+        return tuple(_with_shared(step, recipe) for step in steps)
+
+    rungs = {name: shared(steps) for name, steps in recipe.rungs.items()}
+    return recipe.model_copy(update={"stages": shared(recipe.stages), "rungs": rungs})
+
+
+def _with_shared(step: StageStep, recipe: Recipe) -> StageStep:
+    missing = type(step.config).model_fields.keys() - step.config.model_fields_set
+    stated = [n for n in SHARED_FIELDS if n in missing and n in recipe.model_fields_set]
+    fields = {name: getattr(recipe, name) for name in stated}
+    return step.model_copy(update={"config": step.config.model_copy(update=fields)})
 
 
 def _open_student(
