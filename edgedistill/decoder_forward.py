@@ -6,11 +6,15 @@ calibration and of healing.  It is itself held against ``transformers`` and judg
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from edgedistill.student import Student
+
+Watch = Callable[[str, Tensor], None]
 
 
 class DecoderForward:
@@ -32,18 +36,30 @@ class DecoderForward:
         """int64 [batch, tokens] -> [batch, tokens, hidden]."""
         return functional.embedding(ids, self._tensor(self.facts.embedding))
 
-    def block(self, layer: int, hidden: Tensor) -> Tensor:
-        """One block: attention, then the feed-forward network, each on a normalized stream."""
+    def block(self, layer: int, hidden: Tensor, watch: Watch | None = None) -> Tensor:
+        """One block: attention, then the feed-forward network, each on a normalized stream.
+
+        Args:
+            layer: which.
+            hidden: [batch, tokens, hidden].
+            watch: shown what enters the matrices, by the short name of the first that reads it:
+                ``q`` (for q, k, v), ``o``, ``gate`` (for gate, up) and ``down``.
+        """
+        show = watch or _nobody
         weights = {s: self._tensor(n) for s, n in self.facts.linears(layer).items()}
         norms = {s: self._tensor(n) for s, n in self.facts.norms(layer).items()}
         biases = {s: self._tensor(n) for s, n in self.facts.biases(layer).items()}
-        attended = self._attention(weights, norms, biases, self._norm(hidden, norms["attention"]))
+        x = self._norm(hidden, norms["attention"])
+        show("q", x)
+        attended = self._attention(weights, norms, biases, x)
+        show("o", attended)
         hidden = hidden + functional.linear(attended, weights["o"], biases.get("o"))
         x = self._norm(hidden, norms["ffn"])
+        show("gate", x)
         gated = functional.silu(functional.linear(x, weights["gate"]))
-        return hidden + functional.linear(
-            gated * functional.linear(x, weights["up"]), weights["down"]
-        )
+        gated = gated * functional.linear(x, weights["up"])
+        show("down", gated)
+        return hidden + functional.linear(gated, weights["down"])
 
     def head(self, hidden: Tensor) -> Tensor:
         """[..., hidden] -> logits [..., vocab]."""
@@ -83,3 +99,7 @@ class DecoderForward:
 
     def _tensor(self, name: str) -> Tensor:
         return torch.from_numpy(self.student.read(name))
+
+
+def _nobody(short: str, x: Tensor) -> None:
+    """Watches nothing."""

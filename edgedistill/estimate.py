@@ -28,6 +28,13 @@ def has_grids(stages: Sequence[StageStep], facts: DecoderFacts) -> bool:
     return any(step.config.grids(facts) for step in stages)
 
 
+def facts_of_rung(facts: DecoderFacts, stages: Sequence[StageStep]) -> DecoderFacts:
+    """The facts of what the stages leave of a student."""
+    for step in stages:
+        facts = step.config.facts_after(facts)
+    return facts
+
+
 def artifact_bytes(facts: DecoderFacts, stages: Sequence[StageStep], format_name: str) -> int:
     """Bytes of the weights of a rung in a format.
 
@@ -35,6 +42,7 @@ def artifact_bytes(facts: DecoderFacts, stages: Sequence[StageStep], format_name
     order of :meth:`DecoderFacts.matrices`.
     """
     grids = [grid for step in stages for grid in step.config.grids(facts)]
+    facts = facts_of_rung(facts, stages)
     total = 0.0
     for name, shape in facts.tensor_shapes().items():
         grid = _grid_of(name, facts, grids) if len(shape) == 2 else None

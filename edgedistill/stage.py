@@ -8,7 +8,9 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from edgedistill.decoder import DecoderFacts
+from edgedistill.errors import InputError
 from edgedistill.quantized import Grid
+from edgedistill.student import Student
 
 
 class Stage(BaseModel, ABC):
@@ -28,6 +30,24 @@ class Stage(BaseModel, ABC):
             InputError: an input of the stage does not fit the student.
         """
 
+    @property
+    def wants_teacher(self) -> bool:
+        """Whether the stage is to be run with the reference beside the student, as its teacher."""
+        return False
+
+    def run_with_teacher(self, src: Path, dst: Path, teacher: Path) -> None:
+        """As :meth:`run`; ``teacher`` is the directory of the reference."""
+        self.run(src, dst)
+
+    def facts_after(self, facts: DecoderFacts) -> DecoderFacts:
+        """The facts of the student that the stage writes, known before any work.
+
+        Args:
+            facts: of the student that arrives.  Where ``problems`` finds something wrong with
+                them the answer means nothing, but there is one.
+        """
+        return facts
+
     def problems(self, facts: DecoderFacts, quantized: bool) -> list[str]:
         """What makes this stage impossible on such a student, known before any work.
 
@@ -36,6 +56,16 @@ class Stage(BaseModel, ABC):
             quantized: whether an earlier stage has quantized it.
         """
         return []
+
+    def refuse_misfit(self, student: Student) -> None:
+        """Hold the stage against the student that it is run on, as a recipe is before any work.
+
+        Raises:
+            InputError: ``problems`` finds something.
+        """
+        found = self.problems(student.facts, student.is_quantized)
+        if found:
+            raise InputError("; ".join(found), where=str(student.path))
 
     def grids(self, facts: DecoderFacts) -> list[Grid]:
         """The grids that this stage puts weights on; empty when it does not quantize."""

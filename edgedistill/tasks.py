@@ -63,10 +63,14 @@ class RunStage(Task):
     fields: dict[str, Any]
 
     def run(self, inputs: Mapping[str, Path], dst: Path) -> None:
-        """Reads ``student``, writes the new student directory."""
+        """Reads ``student``, and ``teacher`` where the stage wants one; writes the new student."""
         from edgedistill.plugins import load_plugin
 
-        load_plugin("stages", self.stage).model_validate(self.fields).run(inputs["student"], dst)
+        stage = load_plugin("stages", self.stage).model_validate(self.fields)
+        if "teacher" in inputs:
+            stage.run_with_teacher(inputs["student"], dst, inputs["teacher"])
+        else:
+            stage.run(inputs["student"], dst)
 
     def plugins(self) -> list[tuple[Kind, str]]:
         """The stage."""
