@@ -162,7 +162,8 @@ class _DepthSearch:
         return tuple(states)
 
     def _kl(self, hidden: Tensor) -> float:
-        return mean_kl(self._head, self._whole.states[-1], self._head, hidden)
+        log_probs = self._head.log_probs
+        return mean_kl(log_probs, self._whole.states[-1], log_probs, hidden)
 
     def _gone(self, kept: tuple[int, ...]) -> list[int]:
         return [block for block in self._whole.kept if block not in kept]

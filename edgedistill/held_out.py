@@ -6,7 +6,7 @@ positions at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,8 @@ from edgedistill.chat import Chat
 from edgedistill.decoder_forward import DecoderForward
 from edgedistill.errors import InputError
 from edgedistill.student import Student
+
+LogProbs = Callable[[Tensor], Tensor]
 
 BATCH_TOKENS = 2048  # that run through a block at once
 HEAD_POSITIONS = 256  # whose logits lie in memory at once
@@ -103,26 +105,31 @@ class Head:
         self._matrix = torch.from_numpy(student.read(facts.head))
         self._eps = facts.norm_eps
 
-    def log_probs(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
         """[positions, hidden] -> float32 [positions, vocab]."""
         normalized = functional.rms_norm(hidden, self._norm.shape, self._norm, self._eps)
-        return functional.linear(normalized, self._matrix).log_softmax(-1)
+        return functional.linear(normalized, self._matrix)
+
+    def log_probs(self, hidden: Tensor) -> Tensor:
+        """[positions, hidden] -> float32 [positions, vocab]."""
+        return self.logits(hidden).log_softmax(-1)
 
 
-def mean_kl(reference: Head, reference_hidden: Tensor, head: Head, hidden: Tensor) -> float:
-    """Mean KL(reference || other) in nats over all positions, from the last blocks' outputs.
+def mean_kl(
+    reference: LogProbs, reference_hidden: Tensor, other: LogProbs, other_hidden: Tensor
+) -> float:
+    """Mean KL(reference || other) in nats over all positions, from what leaves the last blocks.
 
     Args:
-        reference: its head.
-        reference_hidden: [sequences, tokens, hidden] of the reference.
-        head: the other's.
-        hidden: [sequences, tokens, hidden] of the other, which may be of another width.
+        reference: from hidden states [positions, hidden] to log-probabilities [positions, vocab].
+        reference_hidden: [sequences, tokens, hidden].
+        other: likewise; its hidden states may be of another width.
+        other_hidden: [sequences, tokens, hidden].
     """
     total, positions = 0.0, reference_hidden.shape[0] * reference_hidden.shape[1]
-    parts = (states.flatten(0, 1).split(HEAD_POSITIONS) for states in (reference_hidden, hidden))
-    for theirs, own in zip(*parts, strict=True):
-        expected = reference.log_probs(theirs)
-        found = head.log_probs(own)
-        kl = functional.kl_div(found, expected, log_target=True, reduction="sum")
+    both = (reference_hidden, other_hidden)
+    parts = (states.flatten(0, 1).split(HEAD_POSITIONS) for states in both)
+    for expected, found in zip(*parts, strict=True):
+        kl = functional.kl_div(other(found), reference(expected), log_target=True, reduction="sum")
         total += float(kl)
     return total / positions

@@ -88,9 +88,10 @@ def narrow(student: Student, dst: Path, kept: KeptWidth, after: DecoderFacts) ->
     scales = _stream_scales(facts, len(kept.hidden))
     config = {**student.config, **width_sizes(after)}
     with StudentWriter(dst, student, config) as writer:
-        for name in track(student.names(), label="removing channels"):
+        # What no fact names (a copy of a tied head, say) could not be kept in step.
+        for name in track(list(pieces), label="removing channels"):
             values = student.read(name)
-            for axis, places in enumerate(pieces.get(name, ())):
+            for axis, places in enumerate(pieces[name]):
                 if len(places) != values.shape[axis]:
                     values = values.take(places, axis=axis)
             if scales.get(name, 1.0) != 1.0:
@@ -99,7 +100,7 @@ def narrow(student: Student, dst: Path, kept: KeptWidth, after: DecoderFacts) ->
 
 
 def _pieces(facts: DecoderFacts, kept: KeptWidth) -> dict[str, tuple[Places, ...]]:
-    """Tensor name -> the places that stay along each of its axes."""
+    """Every tensor's name -> the places that stay along each of its axes."""
     hidden = kept.hidden
     vocabulary = np.arange(facts.vocab_size)
     pieces: dict[str, tuple[Places, ...]] = {
@@ -117,7 +118,9 @@ def _pieces(facts: DecoderFacts, kept: KeptWidth) -> dict[str, tuple[Places, ...
         columns = dict.fromkeys(rows, hidden) | {"o": wide_places, "down": channels}
         pieces |= {n: (rows[s], columns[s]) for s, n in facts.linears(layer).items()}
         pieces |= {n: (rows[s],) for s, n in facts.biases(layer).items()}
-        pieces |= {n: (hidden,) for s, n in facts.norms(layer).items() if s not in ("q", "k")}
+        of_head = np.arange(facts.head_dim)
+        norms = facts.norms(layer).items()
+        pieces |= {n: (of_head if s in ("q", "k") else hidden,) for s, n in norms}
     return pieces
 
 

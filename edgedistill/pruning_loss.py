@@ -50,7 +50,7 @@ def _kl(before: Path, after: Path, ids: Tensor) -> float:
         students = [Student(path) for path in (before, after)]
         heads = [Head(student) for student in students]
         hidden = [_last_hidden(DecoderForward(student), ids) for student in students]
-        return mean_kl(heads[0], hidden[0], heads[1], hidden[1])
+        return mean_kl(heads[0].log_probs, hidden[0], heads[1].log_probs, hidden[1])
 
 
 def _last_hidden(decoder: DecoderForward, ids: Tensor) -> Tensor:

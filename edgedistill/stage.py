@@ -35,8 +35,20 @@ class Stage(BaseModel, ABC):
         """Whether the stage is to be run with the reference beside the student, as its teacher."""
         return False
 
-    def run_with_teacher(self, src: Path, dst: Path, teacher: Path) -> None:
-        """As :meth:`run`; ``teacher`` is the directory of the reference."""
+    @property
+    def keeps_work(self) -> bool:
+        """Whether a run that was killed goes on from what it left in a directory of its own."""
+        return False
+
+    def run_beside(self, src: Path, dst: Path, *, teacher: Path | None, work: Path | None) -> None:
+        """As :meth:`run`, with what the stage wants.
+
+        Args:
+            src: the student that arrives.
+            dst: an empty directory.
+            teacher: the directory of the reference, where ``wants_teacher``.
+            work: a directory that outlives a killed run, where ``keeps_work``.
+        """
         self.run(src, dst)
 
     def facts_after(self, facts: DecoderFacts) -> DecoderFacts:

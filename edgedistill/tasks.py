@@ -18,7 +18,8 @@ from edgedistill.content import ContentHashes, plain
 from edgedistill.floor import Floor, SliceSpec
 from edgedistill.plugins import Kind
 from edgedistill.results import Document
-from edgedistill.task import Task
+from edgedistill.stage import Stage
+from edgedistill.task import WORK, Task
 
 ARTIFACT = "artifact"
 WEIGHTS_FILE = "weights.json"
@@ -64,13 +65,8 @@ class RunStage(Task):
 
     def run(self, inputs: Mapping[str, Path], dst: Path) -> None:
         """Reads ``student``, and ``teacher`` where the stage wants one; writes the new student."""
-        from edgedistill.plugins import load_plugin
-
-        stage = load_plugin("stages", self.stage).model_validate(self.fields)
-        if "teacher" in inputs:
-            stage.run_with_teacher(inputs["student"], dst, inputs["teacher"])
-        else:
-            stage.run(inputs["student"], dst)
+        teacher, work = inputs.get("teacher"), inputs.get(WORK)
+        self._stage().run_beside(inputs["student"], dst, teacher=teacher, work=work)
 
     def plugins(self) -> list[tuple[Kind, str]]:
         """The stage."""
@@ -78,10 +74,17 @@ class RunStage(Task):
 
     def fingerprint(self, hashes: ContentHashes) -> dict[str, Any]:
         """The stage's fields with its defaults, the files that it names as hashes."""
+        fields = plain(self._stage(), hashes)
+        return {"stage": self.stage, "fields": fields, "threads": self.threads}
+
+    def keeps_work(self) -> bool:
+        """As the stage does."""
+        return self._stage().keeps_work
+
+    def _stage(self) -> Stage:
         from edgedistill.plugins import load_plugin
 
-        stage = load_plugin("stages", self.stage).model_validate(self.fields)
-        return {"stage": self.stage, "fields": plain(stage, hashes), "threads": self.threads}
+        return load_plugin("stages", self.stage).model_validate(self.fields)
 
 
 class Export(Task):

@@ -92,7 +92,7 @@ class PruneWidth(Stage):
                     f"{name}: {new} is no multiple of {self.multiple_of}, which formats want "
                     "(multiple_of)"
                 )
-        if after.hidden_size % after.heads:
+        if (self.kv_heads or self.hidden_size) and after.hidden_size % after.heads:
             problems.append(
                 f"hidden_size {after.hidden_size} is no multiple of the {after.heads} query heads "
                 "that stay, as a plain checkpoint has to have it"
