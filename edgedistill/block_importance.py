@@ -8,6 +8,7 @@ token alone, here every token counts).  Both propose; neither is reliable enough
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -26,7 +27,7 @@ def block_influence(states: Sequence[Tensor]) -> list[float]:
     Returns:
         n values, 0 for a block that turns no state, at most 2.
     """
-    return [1.0 - float(_cosines(a, b).mean()) for a, b in zip(states, states[1:], strict=False)]
+    return [1.0 - float(_cosines(a, b).mean()) for a, b in itertools.pairwise(states)]
 
 
 def angular_distance(before: Tensor, after: Tensor) -> float:

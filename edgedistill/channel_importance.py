@@ -87,7 +87,8 @@ def channel_importance(student: Path, ids: Tensor) -> Importance:
 
 def _score(student: Student, ids: Tensor) -> Importance:
     decoder, facts = DecoderForward(student), student.facts
-    parts = list(decoder.embed(ids).split(max(1, BATCH_TOKENS // ids.shape[1])))
+    count = max(1, BATCH_TOKENS // ids.shape[1])
+    parts = list(torch.split(decoder.embed(ids), count))
     ffn, groups = [], []
     hidden = torch.zeros(facts.hidden_size, dtype=torch.float64)
     for layer in track(range(facts.layers), label="weighing channels"):

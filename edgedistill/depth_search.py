@@ -17,7 +17,7 @@ from edgedistill.block_importance import block_influence, nearest_run
 from edgedistill.decoder_forward import DecoderForward
 from edgedistill.held_out import Head, mean_kl, run_block
 from edgedistill.progress import Bar, progress_bar
-from edgedistill.pruning_results import DroppedSet, TriedBlock
+from edgedistill.pruning_results import ChosenBy, DroppedSet, TriedBlock
 from edgedistill.student import Student
 
 
@@ -106,9 +106,7 @@ class _DepthSearch:
                 bar.advance()
         return best
 
-    def _propose(
-        self, branch: _Branch, candidates: int, left: int
-    ) -> Iterator[tuple[int, float]]:
+    def _propose(self, branch: _Branch, candidates: int, left: int) -> Iterator[tuple[int, float]]:
         """Places in ``branch.kept`` with their influence, each once."""
         influence = block_influence(branch.states)
         order = sorted(range(len(influence)), key=influence.__getitem__)[:candidates]
@@ -136,10 +134,11 @@ class _DepthSearch:
         lowest = sorted(range(len(influence)), key=influence.__getitem__)[:drop]
         run, _ = nearest_run(states, drop)
         sets = [DroppedSet(chosen_by="search", blocks=self._gone(found.kept), kl=found.kl)]
-        for name, blocks in (
+        others: tuple[tuple[ChosenBy, list[int]], ...] = (
             ("block influence", sorted(lowest)),
             ("angular distance", list(range(run, run + drop))),
-        ):
+        )
+        for name, blocks in others:
             known = next((s.kl for s in sets if s.blocks == blocks), None)
             kl = self._kl_without(blocks) if known is None else known
             sets.append(DroppedSet(chosen_by=name, blocks=blocks, kl=kl))

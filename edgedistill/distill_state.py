@@ -1,4 +1,4 @@
-"""The live state of a training run, saved as it is: a run that was killed goes on to equal bytes."""
+"""The live state of a training run, saved as it is: a killed run goes on to equal bytes."""
 
 from __future__ import annotations
 

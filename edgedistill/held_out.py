@@ -93,7 +93,7 @@ def run_blocks(decoder: DecoderForward, layers: Iterable[int], hidden: Tensor) -
 def run_block(decoder: DecoderForward, layer: int, hidden: Tensor) -> Tensor:
     """Run one block, some sequences at a time: [sequences, tokens, hidden] -> the same shape."""
     count = max(1, BATCH_TOKENS // hidden.shape[1])
-    return torch.cat([decoder.block(layer, part) for part in hidden.split(count)])
+    return torch.cat([decoder.block(layer, part) for part in torch.split(hidden, count)])
 
 
 class Head:
@@ -128,7 +128,7 @@ def mean_kl(
     """
     total, positions = 0.0, reference_hidden.shape[0] * reference_hidden.shape[1]
     both = (reference_hidden, other_hidden)
-    parts = (states.flatten(0, 1).split(HEAD_POSITIONS) for states in both)
+    parts = (torch.split(states.flatten(0, 1), HEAD_POSITIONS) for states in both)
     for expected, found in zip(*parts, strict=True):
         kl = functional.kl_div(other(found), reference(expected), log_target=True, reduction="sum")
         total += float(kl)

@@ -9,6 +9,8 @@ from pydantic import Field
 
 from edgedistill.document import Document
 
+ChosenBy = Literal["search", "block influence", "angular distance"]
+
 PRUNING_FILE = "pruning.json"
 # A second domain that loses so many times as much as the first was not what the choice was made on.
 SECOND_DOMAIN_RATIO = 1.5
@@ -33,7 +35,7 @@ class TriedBlock(Document):
 class DroppedSet(Document):
     """Blocks that one way to choose would drop; mean KL in nats on the text of the search."""
 
-    chosen_by: Literal["search", "block influence", "angular distance"]
+    chosen_by: ChosenBy
     blocks: list[int]
     kl: float
 
