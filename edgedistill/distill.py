@@ -118,6 +118,8 @@ class Distillation:
         if saved is not None:
             return saved
         kl = self._held_out_kl(held_out, expected)
+        if not math.isfinite(kl):
+            raise StageError(f"the held-out KL is {kl} before any healing")
         first = HealingPoint(step=0, tokens=0, learning_rate=0.0, loss=None, held_out_kl=kl)
         return DistillState([first])
 
@@ -198,14 +200,12 @@ class Distillation:
             )
 
     def _finish(self, state: DistillState) -> DistillState:
-        before, after = state.curve[0].held_out_kl, state.best_kl
         if state.best is None:
             raise StageError(
-                f"healing did not lower the held-out KL of {before:.4g}: "
+                f"healing did not lower the held-out KL of {state.curve[0].held_out_kl:.4g}: "
                 f"at best it was {min(p.held_out_kl for p in state.curve[1:]):.4g}",
                 hint="lower the learning_rate of heal, or give it more tokens",
             )
-        assert after < before
         with torch.no_grad():
             for parameter, best in zip(self._parameters, state.best, strict=True):
                 parameter.copy_(best)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from edgedistill.decoder import DecoderFacts
 from edgedistill.quantized import Grid
 from edgedistill.recipe import StageStep
+from edgedistill.stage import StageCost
 from edgedistill.verify.judge import TOKENS_PER_TEXT
 
 # A process with numpy, and one with torch and transformers, before they hold a tensor.
@@ -20,6 +21,7 @@ TORCH_BASE_BYTES = 450_000_000
 # One case of about 40 new tokens, for each billion parameters, on two threads.
 SECONDS_PER_CASE = {"gguf": 0.35, "onnx": 0.6, "coreml": 8.0}
 REFERENCE_SECONDS_PER_CASE = 0.5
+FLOAT32_OPERATIONS_PER_SECOND = 60e9  # of torch on two cores, on sequences of 512 tokens
 OTHER_SECONDS_PER_CASE = 1.0
 
 
@@ -78,6 +80,16 @@ def tensor_peak_bytes(facts: DecoderFacts) -> int:
     """Peak memory of a step that goes tensor by tensor: a few copies of the largest, a shard."""
     largest = max(math.prod(shape) for shape in facts.tensor_shapes().values())
     return BASE_BYTES + 4 * 4 * largest + 256 * 1024 * 1024
+
+
+def stage_seconds(facts: DecoderFacts, cost: StageCost) -> float:
+    """Time of a stage that runs the student in float32: two operations a parameter and token."""
+    return cost.forward_tokens * 2 * facts.parameters / FLOAT32_OPERATIONS_PER_SECOND
+
+
+def stage_peak_bytes(cost: StageCost) -> int:
+    """Peak memory of a stage that runs the student."""
+    return TORCH_BASE_BYTES + cost.held_bytes
 
 
 def runtime_peak_bytes(weight_bytes: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -11,6 +12,19 @@ from edgedistill.decoder import DecoderFacts
 from edgedistill.errors import InputError
 from edgedistill.quantized import Grid
 from edgedistill.student import Student
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """What a stage that runs the student takes, by arithmetic.
+
+    Attributes:
+        forward_tokens: that go through the whole student once; a backward pass counts as two.
+        held_bytes: of weights, states and logits, the most at once.
+    """
+
+    forward_tokens: float
+    held_bytes: int
 
 
 class Stage(BaseModel, ABC):
@@ -59,6 +73,14 @@ class Stage(BaseModel, ABC):
                 them the answer means nothing, but there is one.
         """
         return facts
+
+    def cost(self, facts: DecoderFacts) -> StageCost | None:
+        """What a run will take; None for a stage that goes tensor by tensor.
+
+        Args:
+            facts: of the student that arrives.
+        """
+        return None
 
     def problems(self, facts: DecoderFacts, quantized: bool) -> list[str]:
         """What makes this stage impossible on such a student, known before any work.

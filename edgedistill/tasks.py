@@ -66,7 +66,7 @@ class RunStage(Task):
     def run(self, inputs: Mapping[str, Path], dst: Path) -> None:
         """Reads ``student``, and ``teacher`` where the stage wants one; writes the new student."""
         teacher, work = inputs.get("teacher"), inputs.get(WORK)
-        self._stage().run_beside(inputs["student"], dst, teacher=teacher, work=work)
+        self.stage_config().run_beside(inputs["student"], dst, teacher=teacher, work=work)
 
     def plugins(self) -> list[tuple[Kind, str]]:
         """The stage."""
@@ -74,14 +74,15 @@ class RunStage(Task):
 
     def fingerprint(self, hashes: ContentHashes) -> dict[str, Any]:
         """The stage's fields with its defaults, the files that it names as hashes."""
-        fields = plain(self._stage(), hashes)
+        fields = plain(self.stage_config(), hashes)
         return {"stage": self.stage, "fields": fields, "threads": self.threads}
 
     def keeps_work(self) -> bool:
         """As the stage does."""
-        return self._stage().keeps_work
+        return self.stage_config().keeps_work
 
-    def _stage(self) -> Stage:
+    def stage_config(self) -> Stage:
+        """The stage, with its fields."""
         from edgedistill.plugins import load_plugin
 
         return load_plugin("stages", self.stage).model_validate(self.fields)

@@ -11,7 +11,7 @@ from edgedistill.calibration import Calibration
 from edgedistill.chat import Chat
 from edgedistill.decoder import DecoderFacts
 from edgedistill.errors import EdgedistillError, InputError
-from edgedistill.stage import Stage
+from edgedistill.stage import Stage, StageCost
 from edgedistill.student import Student
 
 if TYPE_CHECKING:
@@ -75,6 +75,19 @@ class Heal(Stage):
     def keeps_work(self) -> bool:
         """A checkpoint for each evaluation."""
         return True
+
+    def cost(self, facts: DecoderFacts) -> StageCost:
+        """The teacher once, the student forwards and backwards; weights, gradients, AdamW's two."""
+        measured = self.held_out_tokens * (self.evaluations + 2)
+        # Weights, and of what is trained: gradient, two moments, the best so far.
+        copies = 5 if self.trained == "full" else 1
+        head = 4 * facts.vocab_size * facts.hidden_size
+        # Of each block what the backward pass needs: about 12 states and 4 of the FFN's width.
+        kept = 4 * facts.layers * (12 * facts.hidden_size + 4 * facts.ffn_size)
+        activations = kept * self.calibration.sequence_tokens
+        return StageCost(
+            4.0 * self.tokens + measured, 4 * copies * facts.parameters + activations + 2 * head
+        )
 
     def problems(self, facts: DecoderFacts, quantized: bool) -> list[str]:
         """A quantized student; a teacher of another vocabulary; products that are no smaller."""

@@ -11,7 +11,7 @@ from pydantic import Field
 from edgedistill.calibration import Calibration
 from edgedistill.chat import Chat
 from edgedistill.decoder import DecoderFacts
-from edgedistill.stage import Stage
+from edgedistill.stage import Stage, StageCost
 from edgedistill.student import Student
 
 
@@ -44,6 +44,14 @@ class PruneDepth(Stage):
     def facts_after(self, facts: DecoderFacts) -> DecoderFacts:
         """So many layers less."""
         return dataclasses.replace(facts, layers=max(1, facts.layers - self.layers))
+
+    def cost(self, facts: DecoderFacts) -> StageCost:
+        """A candidate costs the blocks behind it, about half of them, and the head twice."""
+        tried = self.layers * (self.candidates + 2) * self.beam
+        # What enters each block, of the branches and of the candidate that is tried.
+        states = 4 * self.search_tokens * facts.hidden_size * facts.layers * (self.beam + 2)
+        head = 4 * facts.vocab_size * facts.hidden_size
+        return StageCost((0.8 * tried + 5) * self.search_tokens, states + 2 * head)
 
     def problems(self, facts: DecoderFacts, quantized: bool) -> list[str]:
         """A quantized student; more layers than there are."""

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from edgedistill.calibration import Calibration
 from edgedistill.chat import Chat
 from edgedistill.decoder import DecoderFacts
-from edgedistill.stage import Stage
+from edgedistill.stage import Stage, StageCost
 from edgedistill.student import Student
 
 Size = Annotated[int, Field(ge=1)]
@@ -71,6 +71,12 @@ class PruneWidth(Stage):
             heads=kv_heads * (facts.heads // facts.kv_heads),
             hidden_size=self.hidden_size or facts.hidden_size,
         )
+
+    def cost(self, facts: DecoderFacts) -> StageCost:
+        """One pass over the text that the channels are weighed on, a few over the held-out one."""
+        tokens = self.importance_tokens + 4 * self.held_out_tokens
+        states = 4 * self.importance_tokens * facts.hidden_size * 2
+        return StageCost(tokens, states + 2 * 4 * facts.vocab_size * facts.hidden_size)
 
     def problems(self, facts: DecoderFacts, quantized: bool) -> list[str]:
         """A quantized student; sizes that are no smaller, or that formats do not like."""
