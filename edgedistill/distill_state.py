@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import Tensor
 
+from edgedistill.errors import StageError
 from edgedistill.healing_results import HealingPoint
 
 STATE_FILE = "state.pt"
@@ -91,10 +93,21 @@ class DistillState:
     def load(
         cls, work: Path | None, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer
     ) -> DistillState | None:
-        """Put parameters and optimizer back to where a run was; None where there was none."""
+        """Put parameters and optimizer back to where a run was; None where there was none.
+
+        Raises:
+            StageError: what is there is damaged.
+        """
         if work is None or not (work / STATE_FILE).exists():
             return None
-        saved = torch.load(work / STATE_FILE, weights_only=True)
+        try:
+            saved = torch.load(work / STATE_FILE, weights_only=True)
+        except (RuntimeError, EOFError, UnpicklingError) as error:
+            raise StageError(
+                f"its checkpoint cannot be read ({error})",
+                where=str(work / STATE_FILE),
+                hint="delete it; healing then starts from the beginning",
+            ) from error
         with torch.no_grad():
             for parameter, value in zip(parameters, saved["parameters"], strict=True):
                 parameter.copy_(value)

@@ -238,3 +238,13 @@ def test_weights_that_are_not_numbers_are_told(tiny: Tiny, pruned: Path, tmp_pat
     broken = edited(pruned, tmp_path / "broken", change)
     with pytest.raises(StageError, match="before any healing"):
         _heal(Heal(**BUDGET), broken, tmp_path / "out", tiny("llama"))
+
+
+def test_a_damaged_checkpoint_is_told_with_its_place(
+    tiny: Tiny, pruned: Path, tmp_path: Path
+) -> None:
+    work = empty(tmp_path / "work")
+    (work / "state.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(StageError, match=r"state\.pt") as caught:
+        _heal(Heal(**BUDGET), pruned, tmp_path / "out", tiny("llama"), work)
+    assert "delete it" in str(caught.value)

@@ -43,7 +43,11 @@ def _random_width(facts: DecoderFacts, after: DecoderFacts, seed: int = 0) -> Ke
 
     return KeptWidth(
         ffn=[some(facts.ffn_size, after.ffn_size) for _ in range(facts.layers)],
-        kv_groups=[some(facts.kv_heads, after.kv_heads) for _ in range(facts.layers)],
+        # Never the same ones in neighbouring layers.
+        kv_groups=[
+            np.sort((layer + np.arange(after.kv_heads)) % facts.kv_heads)
+            for layer in range(facts.layers)
+        ],
         hidden=some(facts.hidden_size, after.hidden_size),
     )
 
