@@ -66,8 +66,9 @@ def main() -> None:
             "tokens": arguments.heal_tokens,
             "trained": arguments.trained,
             "learning_rate": arguments.learning_rate,
-            "held_out_tokens": 2048,
-            "evaluations": 5,
+            "held_out_tokens": SEARCH_TOKENS,
+            "batch_tokens": 512,
+            "evaluations": 4,
             "calibration": text,
         }
         heal(f"depth-{arguments.heal_layers}", Heal(**stage_fields), arguments.student, work)
