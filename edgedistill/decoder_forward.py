@@ -7,6 +7,8 @@ calibration and of healing.  It is itself held against ``transformers`` and judg
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +17,28 @@ from torch.nn import functional
 from edgedistill.student import Student
 
 Watch = Callable[[str, Tensor], None]
+
+
+class Half(NamedTuple):
+    """Half a block: ``hidden += exit(inner(entry(norm(hidden))))``, by the short names of facts."""
+
+    norm: str
+    entry: tuple[str, ...]
+    exit: str
+
+
+ATTENTION = Half("attention", ("q", "k", "v"), "o")
+FFN = Half("ffn", ("gate", "up"), "down")
+HALVES = (ATTENTION, FFN)
+
+
+@dataclass(frozen=True)
+class BlockWeights:
+    """A block's tensors by the short names of facts; a copy may hold others in their place."""
+
+    linears: dict[str, Tensor]
+    norms: dict[str, Tensor]
+    biases: dict[str, Tensor]
 
 
 class DecoderForward:
@@ -36,6 +60,14 @@ class DecoderForward:
         """int64 [batch, tokens] -> [batch, tokens, hidden]."""
         return functional.embedding(ids, self._tensor(self.facts.embedding))
 
+    def read_block(self, layer: int) -> BlockWeights:
+        """The weights of a block, float32."""
+        return BlockWeights(
+            {s: self._tensor(n) for s, n in self.facts.linears(layer).items()},
+            {s: self._tensor(n) for s, n in self.facts.norms(layer).items()},
+            {s: self._tensor(n) for s, n in self.facts.biases(layer).items()},
+        )
+
     def block(self, layer: int, hidden: Tensor, watch: Watch | None = None) -> Tensor:
         """One block: attention, then the feed-forward network, each on a normalized stream.
 
@@ -45,44 +77,47 @@ class DecoderForward:
             watch: shown what enters the matrices, by the short name of the first that reads it:
                 ``q`` (for q, k, v), ``o``, ``gate`` (for gate, up) and ``down``.
         """
-        show = watch or _nobody
-        weights = {s: self._tensor(n) for s, n in self.facts.linears(layer).items()}
-        norms = {s: self._tensor(n) for s, n in self.facts.norms(layer).items()}
-        biases = {s: self._tensor(n) for s, n in self.facts.biases(layer).items()}
-        x = self._norm(hidden, norms["attention"])
-        show("q", x)
-        attended = self._attention(weights, norms, biases, x)
-        show("o", attended)
-        hidden = hidden + functional.linear(attended, weights["o"], biases.get("o"))
-        x = self._norm(hidden, norms["ffn"])
-        show("gate", x)
-        gated = functional.silu(functional.linear(x, weights["gate"]))
-        gated = gated * functional.linear(x, weights["up"])
-        show("down", gated)
-        return hidden + functional.linear(gated, weights["down"])
+        weights = self.read_block(layer)
+        for half in HALVES:
+            x = self.enter(half, weights, hidden)
+            inner = self.inner(half, weights, x)
+            if watch:
+                watch(half.entry[0], x)
+                watch(half.exit, inner)
+            hidden = hidden + self.leave(half, weights, inner)
+        return hidden
+
+    def enter(self, half: Half, weights: BlockWeights, hidden: Tensor) -> Tensor:
+        """What the half's first matrices read: the normalized stream."""
+        return self._norm(hidden, weights.norms[half.norm])
+
+    def inner(self, half: Half, weights: BlockWeights, x: Tensor) -> Tensor:
+        """What the half's last matrix reads: [..., hidden] -> [..., heads * head_dim] or ffn."""
+        if half == ATTENTION:
+            return self._attention(weights, x)
+        gated = functional.silu(functional.linear(x, weights.linears["gate"]))
+        return gated * functional.linear(x, weights.linears["up"])
+
+    def leave(self, half: Half, weights: BlockWeights, inner: Tensor) -> Tensor:
+        """What the half adds to the stream."""
+        return functional.linear(inner, weights.linears[half.exit], weights.biases.get(half.exit))
 
     def head(self, hidden: Tensor) -> Tensor:
         """[..., hidden] -> logits [..., vocab]."""
         normalized = self._norm(hidden, self._tensor(self.facts.final_norm))
         return functional.linear(normalized, self._tensor(self.facts.head))
 
-    def _attention(
-        self,
-        weights: dict[str, Tensor],
-        norms: dict[str, Tensor],
-        biases: dict[str, Tensor],
-        x: Tensor,
-    ) -> Tensor:
+    def _attention(self, weights: BlockWeights, x: Tensor) -> Tensor:
         """Causal grouped-query attention: [batch, tokens, hidden] -> [..., heads * head_dim]."""
         batch, tokens, _ = x.shape
         q, k, v = (
-            functional.linear(x, weights[s], biases.get(s))
+            functional.linear(x, weights.linears[s], weights.biases.get(s))
             .view(batch, tokens, -1, self.facts.head_dim)
             .transpose(1, 2)  # [batch, heads, tokens, head_dim]
             for s in "qkv"
         )
         if self.facts.qk_norm:
-            q, k = self._norm(q, norms["q"]), self._norm(k, norms["k"])
+            q, k = self._norm(q, weights.norms["q"]), self._norm(k, weights.norms["k"])
         q, k = self._rotate(q), self._rotate(k)
         attended = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return attended.transpose(1, 2).reshape(batch, tokens, -1)
@@ -99,7 +134,3 @@ class DecoderForward:
 
     def _tensor(self, name: str) -> Tensor:
         return torch.from_numpy(self.student.read(name))
-
-
-def _nobody(short: str, x: Tensor) -> None:
-    """Watches nothing."""
