@@ -4,6 +4,7 @@
 <root>/steps/<key>/step.json  the marker, written last: an entry without it does not exist
 <root>/scratch/<key>/         a step at work; a rename to steps/ commits it
 <root>/locks/<key>.lock       held while a step is at work; the kernel lets go of a dead holder
+<root>/work/<key>/            what a killed step can go on from; weeks old ones are swept
 <root>/logs/<key>.log         what a failed step said
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +25,7 @@ from edgedistill.content import files_below, sha256_file
 from edgedistill.disk import disk_error
 
 MARKER = "step.json"
+WORK_SECONDS = 14 * 24 * 3600  # after which nobody is coming back for it
 
 
 class FileRecord(BaseModel):
@@ -131,6 +134,22 @@ class Cache:
         finally:
             shutil.rmtree(path, ignore_errors=True)
 
+    def work(self, key: str) -> Path:
+        """A directory that outlives a killed step, for what it may go on from.
+
+        The caller holds the key's lock.
+        """
+        path = self.root / "work" / key
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise disk_error(error, path) from error
+        return path
+
+    def end_work(self, key: str) -> None:
+        """Remove what a step that is finished would have gone on from."""
+        shutil.rmtree(self.root / "work" / key, ignore_errors=True)
+
     def commit(self, scratch: Path, record: StepRecord) -> None:
         """Make the contents of ``scratch/out`` the entry of ``record.key``."""
         final = self.root / "steps" / record.key
@@ -152,17 +171,26 @@ class Cache:
         shutil.rmtree(entry, ignore_errors=True)
 
     def sweep(self) -> None:
-        """Remove what killed builds left in scratch; directories of living ones stay."""
+        """Remove what killed builds left; directories of living ones stay.
+
+        What a step can go on from stays for two weeks.
+        """
         for path in (self.root / "scratch").glob("*"):
-            lock = self.root / "locks" / f"{path.name}.lock"
-            if not lock.exists():
-                continue
-            descriptor = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
-            try:
-                if _try_lock(descriptor):
-                    shutil.rmtree(path, ignore_errors=True)
-            finally:
-                os.close(descriptor)
+            self._remove_if_free(path)
+        for path in (self.root / "work").glob("*"):
+            if time.time() - path.stat().st_mtime > WORK_SECONDS:
+                self._remove_if_free(path)
+
+    def _remove_if_free(self, path: Path) -> None:
+        lock = self.root / "locks" / f"{path.name}.lock"
+        if not lock.exists():
+            return
+        descriptor = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            if _try_lock(descriptor):
+                shutil.rmtree(path, ignore_errors=True)
+        finally:
+            os.close(descriptor)
 
 
 def record_files(root: Path) -> list[FileRecord]:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from edgedistill.decoder import DecoderFacts
 from edgedistill.quantized import Grid
 from edgedistill.recipe import StageStep
+from edgedistill.stage import StageCost
 from edgedistill.verify.judge import STRETCH_ENDS, STRETCH_TOKENS, TOKENS_PER_TEXT
 
 # A process with numpy, and one with torch and transformers, before they hold a tensor.
@@ -22,12 +23,20 @@ JUDGED_TOKENS = 3 * TOKENS_PER_TEXT + len(STRETCH_ENDS) * STRETCH_TOKENS
 # One case of about 40 new tokens, for each billion parameters, on two threads.
 SECONDS_PER_CASE = {"gguf": 0.35, "onnx": 0.6, "coreml": 8.0}
 REFERENCE_SECONDS_PER_CASE = 0.5
+FLOAT32_OPERATIONS_PER_SECOND = 60e9  # of torch on two cores, on sequences of 512 tokens
 OTHER_SECONDS_PER_CASE = 1.0
 
 
 def has_grids(stages: Sequence[StageStep], facts: DecoderFacts) -> bool:
     """Whether any of the stages quantizes."""
     return any(step.config.grids(facts) for step in stages)
+
+
+def facts_of_rung(facts: DecoderFacts, stages: Sequence[StageStep]) -> DecoderFacts:
+    """The facts of what the stages leave of a student."""
+    for step in stages:
+        facts = step.config.facts_after(facts)
+    return facts
 
 
 def artifact_bytes(facts: DecoderFacts, stages: Sequence[StageStep], format_name: str) -> int:
@@ -37,6 +46,7 @@ def artifact_bytes(facts: DecoderFacts, stages: Sequence[StageStep], format_name
     order of :meth:`DecoderFacts.matrices`.
     """
     grids = [grid for step in stages for grid in step.config.grids(facts)]
+    facts = facts_of_rung(facts, stages)
     total = 0.0
     for name, shape in facts.tensor_shapes().items():
         grid = _grid_of(name, facts, grids) if len(shape) == 2 else None
@@ -72,6 +82,16 @@ def tensor_peak_bytes(facts: DecoderFacts) -> int:
     """Peak memory of a step that goes tensor by tensor: a few copies of the largest, a shard."""
     largest = max(math.prod(shape) for shape in facts.tensor_shapes().values())
     return BASE_BYTES + 4 * 4 * largest + 256 * 1024 * 1024
+
+
+def stage_seconds(facts: DecoderFacts, cost: StageCost) -> float:
+    """Time of a stage that runs the student in float32: two operations a parameter and token."""
+    return cost.forward_tokens * 2 * facts.parameters / FLOAT32_OPERATIONS_PER_SECOND
+
+
+def stage_peak_bytes(cost: StageCost) -> int:
+    """Peak memory of a stage that runs the student."""
+    return TORCH_BASE_BYTES + cost.held_bytes
 
 
 def runtime_peak_bytes(

@@ -19,7 +19,7 @@ from edgedistill.code_version import CodeVersion
 from edgedistill.content import ContentHashes, sha256_json
 from edgedistill.errors import EdgedistillError
 from edgedistill.results import StepReport
-from edgedistill.task import Task
+from edgedistill.task import WORK, Task
 
 Say = Callable[[str], None]
 
@@ -159,6 +159,8 @@ class Pipeline:
 
     def _run(self, step: Step, lock: int) -> StepRecord:
         inputs = {name: self.cache.out(source.key) for name, source in step.inputs.items()}
+        if step.task.keeps_work():
+            inputs[WORK] = self.cache.work(step.key)
         log = self.cache.log(step.key)
         with self.cache.scratch(step.key) as scratch:
             result = run_in_child(step.task, inputs, scratch, lock=lock, log=log)
@@ -175,6 +177,7 @@ class Pipeline:
                 files=result.files,
             )
             self.cache.commit(scratch, record)
+        self.cache.end_work(step.key)
         return record
 
 

@@ -323,7 +323,10 @@ class _Planner:
             # Only what the recipe says: a stage's defaults belong to its own code.
             fields = stage.config.model_dump(mode="json", exclude_unset=True)
             task = RunStage(stage=stage.name, fields=fields, threads=self._threads)
-            student = self._step(f"{label}{stage.name}", task, student=student)
+            inputs = {"student": student}
+            if stage.config.wants_teacher:
+                inputs["teacher"] = self._reference
+            student = self._step(f"{label}{stage.name}", task, **inputs)
         return student
 
     def _step(self, label: str, task: Task, **inputs: Step) -> Step:

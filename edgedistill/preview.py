@@ -12,9 +12,12 @@ from edgedistill.cache import Cache, StepRecord
 from edgedistill.errors import InputError
 from edgedistill.estimate import (
     artifact_bytes,
+    facts_of_rung,
     judge_peak_bytes,
     runtime_peak_bytes,
     scoring_seconds,
+    stage_peak_bytes,
+    stage_seconds,
     tensor_peak_bytes,
 )
 from edgedistill.evaluate.capabilities import SIGNIFICANCE
@@ -30,9 +33,8 @@ from edgedistill.evaluate.sequential import FINAL_LEVEL
 from edgedistill.evaluate.suite import load_suite
 from edgedistill.evaluation_tasks import ReadTraffic, ScoreUntilDecided
 from edgedistill.pipeline import Step
-from edgedistill.recipe import Recipe
 from edgedistill.results import Document, Evaluation, LoweredClause
-from edgedistill.tasks import EVALUATION_FILE, JudgeLogits, Score, ScoreReference
+from edgedistill.tasks import EVALUATION_FILE, JudgeLogits, RunStage, Score, ScoreReference
 
 
 class PlannedStep(Document):
@@ -49,13 +51,21 @@ class PlannedStep(Document):
 
 
 class PlannedArtifact(Document):
-    """One rung in one format: bytes of its weights by arithmetic, cases that it is judged on."""
+    """One rung in one format: bytes of its weights by arithmetic, cases that it is judged on.
+
+    Attributes:
+        parameters: of the rung; fewer than the student's where it is pruned.
+        decode_speedup: of a pruned rung, how many times as fast as unpruned it generates at most,
+            because so many times fewer bytes are read for a token; the build measures it.
+    """
 
     rung: str
     format: str
     weight_bytes: int
     cases: int
     seconds: float
+    parameters: int
+    decode_speedup: float | None
 
 
 class PlanReport(Document):
@@ -98,13 +108,7 @@ def preview(options: Options) -> PlanReport:
     cases = count_cases(recipe.suite)
     clauses, spread_from = _power(prepared, cache)
     artifacts = [
-        PlannedArtifact(
-            rung=a.rung,
-            format=a.format,
-            weight_bytes=_weight_bytes(prepared, a.rung, a.format),
-            cases=min(cases, a.sample or cases),
-            seconds=scoring_seconds(facts, min(cases, a.sample or cases), a.format),
-        )
+        _artifact(prepared, a.rung, a.format, min(cases, a.sample or cases))
         for a in prepared.steps.artifacts
     ]
     estimate = _Estimate(prepared, artifacts, cases)
@@ -145,6 +149,11 @@ def describe(plan: PlanReport) -> Iterator[str]:
             f"  {a.rung}/{a.format}: ~{size_mb:.1f} MB of weights; "
             f"evaluation: {a.cases} cases, ~{a.seconds:.0f} s"
         )
+        if a.decode_speedup is not None:
+            yield (
+                f"    {a.parameters / 1e6:.1f}M parameters are left; "
+                f"decode up to {a.decode_speedup:.2f}x as fast as unpruned"
+            )
     total_mb = sum(a.weight_bytes for a in plan.artifacts) / 1e6
     yield f"artifacts: ~{total_mb:.0f} MB, and as much again in the cache"
     if plan.cases_in_suite:
@@ -211,10 +220,23 @@ def count_cases(suite: tuple[Path, ...]) -> int:
     return count
 
 
-def _weight_bytes(prepared: Prepared, rung: str, format_name: str) -> int:
-    recipe: Recipe = prepared.recipe
-    stages = [*recipe.stages, *recipe.rungs[rung]]
-    return artifact_bytes(prepared.facts, stages, format_name)
+def _artifact(prepared: Prepared, rung: str, format_name: str, cases: int) -> PlannedArtifact:
+    facts = prepared.facts
+    stages = [*prepared.recipe.stages, *prepared.recipe.rungs[rung]]
+    weight_bytes = artifact_bytes(facts, stages, format_name)
+    unpruned = [step for step in stages if step.config.facts_after(facts) == facts]
+    speedup = None
+    if len(unpruned) < len(stages):
+        speedup = artifact_bytes(facts, unpruned, format_name) / weight_bytes
+    return PlannedArtifact(
+        rung=rung,
+        format=format_name,
+        weight_bytes=weight_bytes,
+        cases=cases,
+        seconds=scoring_seconds(facts, cases, format_name),
+        parameters=facts_of_rung(facts, stages).parameters,
+        decode_speedup=speedup,
+    )
 
 
 class _Estimate:
@@ -226,6 +248,11 @@ class _Estimate:
         self._artifacts = {f"{a.rung}/{a.format}": a for a in artifacts}
 
     def of(self, step: Step) -> tuple[float | None, int]:
+        if isinstance(step.task, RunStage):
+            # Of the student as it came, from which pruning only takes away.
+            cost = step.task.stage_config().cost(self._facts)
+            if cost is not None:
+                return stage_seconds(self._facts, cost), stage_peak_bytes(cost)
         artifact = self._artifacts.get(step.label.partition(":")[0])
         seconds = None
         if isinstance(step.task, ScoreReference):

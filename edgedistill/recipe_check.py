@@ -210,13 +210,15 @@ def _check_stages(recipe: Recipe, facts: DecoderFacts) -> Iterator[Finding]:
     for index, step in enumerate(recipe.stages):
         yield from _stage_problems(step, ("stages", index, step.name), facts, quantized)
         quantized = quantized or has_grids([step], facts)
-    shared = quantized
+        facts = step.config.facts_after(facts)
+    shared, shared_facts = quantized, facts
     for rung, steps in recipe.rungs.items():
-        quantized = shared
+        quantized, facts = shared, shared_facts
         for index, step in enumerate(steps):
             place = ("rungs", rung, index, step.name)
             yield from _stage_problems(step, place, facts, quantized)
             quantized = quantized or has_grids([step], facts)
+            facts = step.config.facts_after(facts)
 
 
 def _stage_problems(

@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
 from edgedistill.decoder import DecoderFacts
+from edgedistill.errors import InputError
 from edgedistill.quantized import Grid
+from edgedistill.student import Student
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """What a stage that runs the student takes, by arithmetic.
+
+    Attributes:
+        forward_tokens: that go through the whole student once; a backward pass counts as two.
+        held_bytes: of weights, states and logits, the most at once.
+    """
+
+    forward_tokens: float
+    held_bytes: int
 
 
 class Stage(BaseModel, ABC):
@@ -28,6 +44,44 @@ class Stage(BaseModel, ABC):
             InputError: an input of the stage does not fit the student.
         """
 
+    @property
+    def wants_teacher(self) -> bool:
+        """Whether the stage is to be run with the reference beside the student, as its teacher."""
+        return False
+
+    @property
+    def keeps_work(self) -> bool:
+        """Whether a run that was killed goes on from what it left in a directory of its own."""
+        return False
+
+    def run_beside(self, src: Path, dst: Path, *, teacher: Path | None, work: Path | None) -> None:
+        """As :meth:`run`, with what the stage wants.
+
+        Args:
+            src: the student that arrives.
+            dst: an empty directory.
+            teacher: the directory of the reference, where ``wants_teacher``.
+            work: a directory that outlives a killed run, where ``keeps_work``.
+        """
+        self.run(src, dst)
+
+    def facts_after(self, facts: DecoderFacts) -> DecoderFacts:
+        """The facts of the student that the stage writes, known before any work.
+
+        Args:
+            facts: of the student that arrives.  Where ``problems`` finds something wrong with
+                them the answer means nothing, but there is one.
+        """
+        return facts
+
+    def cost(self, facts: DecoderFacts) -> StageCost | None:
+        """What a run will take; None for a stage that goes tensor by tensor.
+
+        Args:
+            facts: of the student that arrives.
+        """
+        return None
+
     def problems(self, facts: DecoderFacts, quantized: bool) -> list[str]:
         """What makes this stage impossible on such a student, known before any work.
 
@@ -36,6 +90,16 @@ class Stage(BaseModel, ABC):
             quantized: whether an earlier stage has quantized it.
         """
         return []
+
+    def refuse_misfit(self, student: Student) -> None:
+        """Hold the stage against the student that it is run on, as a recipe is before any work.
+
+        Raises:
+            InputError: ``problems`` finds something.
+        """
+        found = self.problems(student.facts, student.is_quantized)
+        if found:
+            raise InputError("; ".join(found), where=str(student.path))
 
     def grids(self, facts: DecoderFacts) -> list[Grid]:
         """The grids that this stage puts weights on; empty when it does not quantize."""

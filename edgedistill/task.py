@@ -13,6 +13,9 @@ from edgedistill.code_version import CodeVersion, code_version
 from edgedistill.content import ContentHashes, plain
 from edgedistill.plugins import Kind, plugin_module
 
+# The name among the inputs of the directory that outlives a killed run.
+WORK = "work"
+
 
 class Task(BaseModel, ABC):
     """A pure function of its fields, its inputs and its code; it runs in a process of its own.
@@ -32,6 +35,13 @@ class Task(BaseModel, ABC):
     @abstractmethod
     def run(self, inputs: Mapping[str, Path], dst: Path) -> None:
         """Read the outputs of earlier steps, write into the empty directory ``dst``."""
+
+    def keeps_work(self) -> bool:
+        """Whether ``run`` is given a directory, as the input ``work``, that outlives a killed run.
+
+        What lies there may save work; it decides no byte of the output.
+        """
+        return False
 
     def plugins(self) -> list[tuple[Kind, str]]:
         """The plug-ins that ``run`` loads by name; their code is part of the key."""

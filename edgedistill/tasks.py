@@ -18,7 +18,8 @@ from edgedistill.content import ContentHashes, plain
 from edgedistill.floor import Floor, SliceSpec
 from edgedistill.plugins import Kind
 from edgedistill.results import Document
-from edgedistill.task import Task
+from edgedistill.stage import Stage
+from edgedistill.task import WORK, Task
 
 ARTIFACT = "artifact"
 WEIGHTS_FILE = "weights.json"
@@ -63,10 +64,9 @@ class RunStage(Task):
     fields: dict[str, Any]
 
     def run(self, inputs: Mapping[str, Path], dst: Path) -> None:
-        """Reads ``student``, writes the new student directory."""
-        from edgedistill.plugins import load_plugin
-
-        load_plugin("stages", self.stage).model_validate(self.fields).run(inputs["student"], dst)
+        """Reads ``student``, and ``teacher`` where the stage wants one; writes the new student."""
+        teacher, work = inputs.get("teacher"), inputs.get(WORK)
+        self.stage_config().run_beside(inputs["student"], dst, teacher=teacher, work=work)
 
     def plugins(self) -> list[tuple[Kind, str]]:
         """The stage."""
@@ -74,10 +74,18 @@ class RunStage(Task):
 
     def fingerprint(self, hashes: ContentHashes) -> dict[str, Any]:
         """The stage's fields with its defaults, the files that it names as hashes."""
+        fields = plain(self.stage_config(), hashes)
+        return {"stage": self.stage, "fields": fields, "threads": self.threads}
+
+    def keeps_work(self) -> bool:
+        """As the stage does."""
+        return self.stage_config().keeps_work
+
+    def stage_config(self) -> Stage:
+        """The stage, with its fields."""
         from edgedistill.plugins import load_plugin
 
-        stage = load_plugin("stages", self.stage).model_validate(self.fields)
-        return {"stage": self.stage, "fields": plain(stage, hashes), "threads": self.threads}
+        return load_plugin("stages", self.stage).model_validate(self.fields)
 
 
 class Export(Task):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import threading
 import time
 from pathlib import Path
@@ -104,3 +105,20 @@ def test_a_second_holder_waits_and_is_told_so(tmp_path: Path) -> None:
         order.append("first")
     thread.join(10)
     assert order == ["first", "second"]
+
+
+def test_what_a_step_can_go_on_from_outlives_it_for_two_weeks(tmp_path: Path) -> None:
+    cache = Cache(tmp_path)
+    for key in ("new", "old", "busy"):
+        with cache.lock(key, lambda: None), cache.scratch(key):
+            (cache.work(key) / "state").write_text(key)
+    weeks_ago = time.time() - 15 * 24 * 3600
+    for key in ("old", "busy"):
+        os.utime(cache.work(key), (weeks_ago, weeks_ago))
+    with cache.lock("busy", lambda: None):
+        cache.sweep()
+    left = {path.name for path in (tmp_path / "work").iterdir()}
+    assert left == {"new", "busy"}
+    assert (cache.work("new") / "state").read_text() == "new"
+    cache.end_work("new")
+    assert not (tmp_path / "work" / "new").exists()

@@ -1,0 +1,145 @@
+"""Write a student with fewer blocks, or narrower ones: a plain Hugging Face checkpoint, streamed.
+
+Narrower blocks compute exactly what the wide ones would with the other channels set to zero.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgedistill.decoder import DecoderFacts
+from edgedistill.progress import track
+from edgedistill.student import Student, StudentWriter
+
+_BLOCK_TENSOR = re.compile(r"model\.layers\.(\d+)\.(.+)")
+
+Places = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float32]
+
+
+def drop_layers(student: Student, dst: Path, dropped: tuple[int, ...]) -> None:
+    """Write ``student`` without some blocks into the empty directory ``dst``.
+
+    The others are renumbered; lists in the config with an entry for each layer lose theirs.
+    """
+    layers = student.facts.layers
+    kept = [layer for layer in range(layers) if layer not in dropped]
+    numbers = {layer: number for number, layer in enumerate(kept)}
+    config = {key: _kept_entries(key, v, layers, kept) for key, v in student.config.items()}
+    config["num_hidden_layers"] = len(kept)
+    with StudentWriter(dst, student, config) as writer:
+        for name in track(student.names(), label="dropping layers"):
+            match = _BLOCK_TENSOR.fullmatch(name)
+            if match is None:
+                writer.write(name, student.read(name))
+            elif int(match[1]) in numbers:
+                renumbered = f"model.layers.{numbers[int(match[1])]}.{match[2]}"
+                writer.write(renumbered, student.read(name))
+
+
+def _kept_entries(key: str, value: Any, layers: int, kept: list[int]) -> Any:
+    """A value of the config, such as ``layer_types``; other lists may have that length too."""
+    if isinstance(value, list) and len(value) == layers and "layer" in key:
+        return [value[layer] for layer in kept]
+    return value
+
+
+@dataclass(frozen=True)
+class KeptWidth:
+    """What stays of a student's widths; places are ascending.
+
+    Attributes:
+        ffn: channels of the feed-forward network, of each layer, as many in each.
+        kv_groups: key heads, each with the query heads that share it, likewise.
+        hidden: channels of the residual stream, the same everywhere.
+    """
+
+    ffn: list[Places]
+    kv_groups: list[Places]
+    hidden: Places
+
+
+def width_sizes(facts: DecoderFacts) -> dict[str, int]:
+    """The sizes that a narrower student changes or has to state, as a Hugging Face config does."""
+    return {
+        "hidden_size": facts.hidden_size,
+        "intermediate_size": facts.ffn_size,
+        "num_attention_heads": facts.heads,
+        "num_key_value_heads": facts.kv_heads,
+        "head_dim": facts.head_dim,
+    }
+
+
+def narrow(student: Student, dst: Path, kept: KeptWidth, after: DecoderFacts) -> None:
+    """Write ``student`` with the kept channels alone, of sizes ``after``, into the empty ``dst``.
+
+    Fewer hidden channels change what a norm divides by: the mean is taken over fewer squares.  So
+    that it equals the whole student's with the other channels at zero, epsilon included, all that
+    writes to the stream is scaled by sqrt(kept / all), and the norms that read it by the inverse.
+    """
+    facts = student.facts
+    pieces = _pieces(facts, kept)
+    scales = _stream_scales(facts, len(kept.hidden))
+    config = {**student.config, **width_sizes(after)}
+    with StudentWriter(dst, student, config) as writer:
+        # What no fact names (a copy of a tied head, say) could not be kept in step.
+        for name in track(list(pieces), label="removing channels"):
+            values = student.read(name)
+            for axis, places in enumerate(pieces[name]):
+                if len(places) != values.shape[axis]:
+                    values = values.take(places, axis=axis)
+            if scales.get(name, 1.0) != 1.0:
+                values = (values * np.float64(scales[name])).astype(np.float32)
+            writer.write(name, values)
+
+
+def _pieces(facts: DecoderFacts, kept: KeptWidth) -> dict[str, tuple[Places, ...]]:
+    """Every tensor's name -> the places that stay along each of its axes."""
+    hidden = kept.hidden
+    vocabulary = np.arange(facts.vocab_size)
+    pieces: dict[str, tuple[Places, ...]] = {
+        facts.embedding: (vocabulary, hidden),
+        facts.head: (vocabulary, hidden),
+        facts.final_norm: (hidden,),
+    }
+    for layer in range(facts.layers):
+        group = facts.heads // facts.kv_heads
+        narrow_places = _head_places(kept.kv_groups[layer], facts.head_dim)
+        wide_places = _head_places(kept.kv_groups[layer], group * facts.head_dim)
+        channels = kept.ffn[layer]
+        rows = {"q": wide_places, "k": narrow_places, "v": narrow_places, "o": hidden}
+        rows |= {"gate": channels, "up": channels, "down": hidden}
+        columns = dict.fromkeys(rows, hidden) | {"o": wide_places, "down": channels}
+        pieces |= {n: (rows[s], columns[s]) for s, n in facts.linears(layer).items()}
+        pieces |= {n: (rows[s],) for s, n in facts.biases(layer).items()}
+        of_head = np.arange(facts.head_dim)
+        norms = facts.norms(layer).items()
+        pieces |= {n: (of_head if s in ("q", "k") else hidden,) for s, n in norms}
+    return pieces
+
+
+def _head_places(groups: Places, width: int) -> Places:
+    """The rows of ``groups`` where each group has ``width`` consecutive ones."""
+    return (groups[:, None] * width + np.arange(width)).reshape(-1)
+
+
+def _stream_scales(facts: DecoderFacts, hidden: int) -> dict[str, float]:
+    """Tensor name -> what it is multiplied by; empty where the stream stays as wide as it was."""
+    if hidden == facts.hidden_size:
+        return {}
+    scale = (hidden / facts.hidden_size) ** 0.5
+    scales = {facts.embedding: scale}
+    for layer in range(facts.layers):
+        linears, norms, biases = facts.linears(layer), facts.norms(layer), facts.biases(layer)
+        scales |= {linears["o"]: scale, linears["down"]: scale}
+        scales |= {norms["attention"]: 1 / scale, norms["ffn"]: 1 / scale}
+        scales |= {biases["o"]: scale} if "o" in biases else {}
+    # A tied head is the scaled embedding, which its norm makes up for.
+    scales[facts.final_norm] = 1 / scale**2 if facts.tied_embeddings else 1 / scale
+    return scales

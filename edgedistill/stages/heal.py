@@ -1,0 +1,185 @@
+"""Heal a pruned student: it learns to predict what its teacher predicts, on plain text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from edgedistill.calibration import Calibration
+from edgedistill.chat import Chat
+from edgedistill.decoder import DecoderFacts
+from edgedistill.errors import EdgedistillError, InputError
+from edgedistill.stage import Stage, StageCost
+from edgedistill.student import Student
+
+if TYPE_CHECKING:
+    from edgedistill.distill import DistillSettings
+    from edgedistill.held_out import SplitText
+
+# Small beside those of training from nothing: few steps, on a student that mostly works.
+LEARNING_RATES = {"full": 3e-4, "lora": 1e-3, "norms": 3e-3}
+
+
+class Heal(Stage):
+    """Distil the teacher's logits into a float student, usually one that was pruned.
+
+    The weights of the least held-out KL are written, and ``healing.json`` with the curve.  A run
+    that is killed goes on from its last evaluation, to the same bytes.
+
+    Attributes:
+        teacher: a student directory with the same tokenizer; by default the reference, which is
+            the student with its adapters before anything was pruned or quantized.
+        data: the text to train on, of the formats of ``calibration.file``, which is the default.
+        tokens: the budget; text that is read again counts again.
+        passes: how often the text is read: of a file so many tokens are taken that the budget
+            is spent by then.
+        trained: ``full`` trains every tensor, ``lora`` products of low rank that are merged
+            afterwards, ``norms`` norms and biases alone.
+        rank: of the products.
+        temperature: of both softmaxes in the loss.
+        next_token_weight: of the plain next-token loss, added to the KL.
+        learning_rate: at its peak; the default depends on what is trained.
+        batch_tokens: for a step of the optimizer, in whole sequences.
+        held_out_tokens: of the text, never trained on, that the KL is measured on.
+        evaluations: how often that is done, evenly over the budget.
+        patience: evaluations without a fall of the held-out KL that end the training.
+        calibration: the text, where ``data`` gives none, and how it is cut into sequences; from
+            the recipe where it is not stated.
+        chat: likewise.
+    """
+
+    teacher: Path | None = None
+    data: Path | None = None
+    tokens: Annotated[int, Field(ge=64)] = 65536
+    passes: Annotated[int, Field(ge=1)] = 1
+    trained: Literal["full", "lora", "norms"] = "full"
+    rank: Annotated[int, Field(ge=1, le=1024)] = 16
+    temperature: Annotated[float, Field(gt=0.0, le=100.0)] = 1.0
+    next_token_weight: Annotated[float, Field(ge=0.0, le=100.0)] = 0.0
+    learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    batch_tokens: Annotated[int, Field(ge=16)] = 2048
+    held_out_tokens: Annotated[int, Field(ge=32)] = 4096
+    evaluations: Annotated[int, Field(ge=1, le=1000)] = 10
+    patience: Annotated[int, Field(ge=1)] = 3
+    calibration: Calibration = Calibration()
+    chat: Chat = Chat()
+
+    @property
+    def wants_teacher(self) -> bool:
+        """Unless the recipe names one."""
+        return self.teacher is None
+
+    @property
+    def keeps_work(self) -> bool:
+        """A checkpoint for each evaluation."""
+        return True
+
+    def cost(self, facts: DecoderFacts) -> StageCost:
+        """The teacher once, the student forwards and backwards; weights, gradients, AdamW's two."""
+        measured = self.held_out_tokens * (self.evaluations + 2)
+        # Weights, and of what is trained: gradient, two moments, the best so far.
+        copies = 5 if self.trained == "full" else 1
+        head = 4 * facts.vocab_size * facts.hidden_size
+        # Of each block what the backward pass needs: about 12 states and 4 of the FFN's width.
+        kept = 4 * facts.layers * (12 * facts.hidden_size + 4 * facts.ffn_size)
+        activations = kept * self.calibration.sequence_tokens
+        return StageCost(
+            4.0 * self.tokens + measured, 4 * copies * facts.parameters + activations + 2 * head
+        )
+
+    def problems(self, facts: DecoderFacts, quantized: bool) -> list[str]:
+        """A quantized student; a teacher of another vocabulary; products that are no smaller."""
+        if quantized:
+            return ["the student is quantized already: heal it before"]
+        problems = []
+        if self.trained == "lora" and self.rank > min(facts.hidden_size, facts.ffn_size):
+            problems.append(f"rank: {self.rank} is more than the student's matrices have")
+        if self.teacher is not None:
+            try:
+                teacher = Student(self.teacher).facts
+            except EdgedistillError as error:
+                return [*problems, f"teacher: {error}"]
+            if teacher.vocab_size != facts.vocab_size:
+                problems.append(
+                    f"teacher: it knows {teacher.vocab_size} tokens, the student {facts.vocab_size}"
+                )
+        return problems
+
+    def run(self, src: Path, dst: Path) -> None:
+        """Heal with the teacher that the stage names.
+
+        Raises:
+            InputError: it names none; or text, teacher and student do not go together.
+            StageError: the held-out KL did not fall.
+        """
+        self.run_beside(src, dst, teacher=None, work=None)
+
+    def run_beside(self, src: Path, dst: Path, *, teacher: Path | None, work: Path | None) -> None:
+        """Heal with the stage's own teacher, or else the given one; as :meth:`run`."""
+        from edgedistill.distill import Distillation
+        from edgedistill.healing_results import Healing
+        from edgedistill.student import StudentWriter
+        from edgedistill.trainable_decoder import TrainableDecoder
+
+        teacher = self.teacher or teacher
+        if teacher is None:
+            raise InputError("heal has no teacher", hint="give `teacher`, a student directory")
+        student = Student(src)
+        self.refuse_misfit(student)
+        _refuse_other_tokenizer(src, teacher)
+        text = self._text(src)
+        decoder = TrainableDecoder(student, self.trained, self.rank, self.calibration.seed)
+        run = Distillation(decoder, Student(teacher), self._settings(), work)
+        state = run.train(text.fitting, text.held_out)
+        with StudentWriter(dst, student) as writer:
+            for name, values in decoder.merged():
+                writer.write(name, values)
+        Healing(
+            trained=self.trained,
+            parameters_trained=sum(tensor.numel() for tensor in decoder.trained()),
+            held_out_tokens=text.held_out.numel(),
+            kl_before=state.curve[0].held_out_kl,
+            kl_after=state.best_kl,
+            kept_step=state.best_step,
+            stopped_early=state.stale >= self.patience,
+            curve=state.curve,
+        ).write(dst)
+
+    def _text(self, src: Path) -> SplitText:
+        from edgedistill.held_out import split_text
+
+        length = self.calibration.sequence_tokens
+        # Whole sequences, of both parts.
+        read = -(-self.tokens // (self.passes * length)) * length
+        update = {"tokens": read + self.held_out_tokens, "file": self.data or self.calibration.file}
+        calibration = self.calibration.model_copy(update=update)
+        return split_text(src, calibration, self.chat, held_out_tokens=self.held_out_tokens)
+
+    def _settings(self) -> DistillSettings:
+        from edgedistill.distill import DistillSettings
+
+        return DistillSettings(
+            tokens=self.tokens,
+            batch_tokens=self.batch_tokens,
+            learning_rate=self.learning_rate or LEARNING_RATES[self.trained],
+            temperature=self.temperature,
+            next_token_weight=self.next_token_weight,
+            evaluations=self.evaluations,
+            patience=self.patience,
+            seed=self.calibration.seed,
+        )
+
+
+def _refuse_other_tokenizer(student: Path, teacher: Path) -> None:
+    """Raise where the same text would be other ids to the teacher."""
+    from edgedistill.content import sha256_file
+
+    own, other = (path / "tokenizer.json" for path in (student, teacher))
+    if sha256_file(own) != sha256_file(other):
+        raise InputError(
+            "the teacher has another tokenizer than the student, so its logits mean other tokens",
+            where=str(teacher),
+            hint="distillation by logits needs a teacher of the same family",
+        )

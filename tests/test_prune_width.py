@@ -1,0 +1,223 @@
+"""Narrower blocks: exactly the masked student, by channels that carry least."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from pydantic import ValidationError
+
+from edgedistill.calibration import Calibration
+from edgedistill.channel_importance import channel_importance
+from edgedistill.decoder import DecoderFacts
+from edgedistill.errors import InputError
+from edgedistill.pruned_student import KeptWidth, narrow
+from edgedistill.pruning_results import PRUNING_FILE, Pruning
+from edgedistill.stages.prune_width import PruneWidth
+from edgedistill.stages.quantize_rtn import QuantizeRtn
+from edgedistill.student import Student
+from tests.pruned import edited, empty, load, logits, mean_kl, random_ids
+from tests.tiny import FAMILY_CONFIGS, write_student
+
+pytestmark = pytest.mark.slow
+Tiny = Callable[[str], Path]
+SHORT = Calibration(sequence_tokens=64)
+# What goes, of each kind alone and of all together.
+CHANGES: dict[str, dict[str, int]] = {
+    "ffn": {"ffn_size": 96},
+    "heads": {"kv_heads": 1},
+    "hidden": {"hidden_size": 48},
+    "all": {"ffn_size": 64, "kv_heads": 1, "hidden_size": 32},
+}
+
+
+def _random_width(facts: DecoderFacts, after: DecoderFacts, seed: int = 0) -> KeptWidth:
+    rng = np.random.default_rng(seed)
+
+    def some(of: int, count: int) -> npt.NDArray[np.int64]:
+        return np.sort(rng.choice(of, count, replace=False))
+
+    return KeptWidth(
+        ffn=[some(facts.ffn_size, after.ffn_size) for _ in range(facts.layers)],
+        # Never the same ones in neighbouring layers.
+        kv_groups=[
+            np.sort((layer + np.arange(after.kv_heads)) % facts.kv_heads)
+            for layer in range(facts.layers)
+        ],
+        hidden=some(facts.hidden_size, after.hidden_size),
+    )
+
+
+def _mask(model: object, facts: DecoderFacts, kept: KeptWidth) -> None:
+    """Silence in ``transformers``' own modules all that is not kept."""
+    inner = model.model  # type: ignore[attr-defined]
+    silent = np.setdiff1d(np.arange(facts.hidden_size), kept.hidden)
+    group_width = facts.heads // facts.kv_heads * facts.head_dim
+    with torch.no_grad():
+        # A tied head reads silent channels as zeros in any case.
+        inner.embed_tokens.weight[:, silent] = 0
+        for layer, block in enumerate(inner.layers):
+            for linear in (block.self_attn.o_proj, block.mlp.down_proj):
+                linear.weight[silent] = 0
+            channels = np.setdiff1d(np.arange(facts.ffn_size), kept.ffn[layer])
+            block.mlp.down_proj.weight[:, channels] = 0
+            for group in set(range(facts.kv_heads)) - set(kept.kv_groups[layer].tolist()):
+                columns = slice(group * group_width, (group + 1) * group_width)
+                block.self_attn.o_proj.weight[:, columns] = 0
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("family", FAMILY_CONFIGS)
+def test_the_narrow_student_equals_the_masked_one(
+    tiny: Tiny, tmp_path: Path, family: str, change: str
+) -> None:
+    student = Student(tiny(family))
+    after = PruneWidth.model_validate(CHANGES[change]).facts_after(student.facts)
+    kept = _random_width(student.facts, after)
+    narrow(student, tmp_path, kept, after)
+    assert Student(tmp_path).facts == after
+    whole, masked = load(student.path), load(student.path)
+    _mask(masked, student.facts, kept)
+    ids = random_ids()
+    expected, found = logits(masked, ids), logits(load(tmp_path), ids)
+    torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4)
+    assert (logits(whole, ids) - expected).abs().max() > 0.1
+
+
+def test_a_bias_of_the_output_is_scaled_with_the_stream(tmp_path: Path) -> None:
+    source = write_student(tmp_path / "source", "qwen3", attention_bias=True)
+    student = Student(source)
+    after = PruneWidth(hidden_size=48).facts_after(student.facts)
+    kept = _random_width(student.facts, after)
+    narrow(student, out := empty(tmp_path / "out"), kept, after)
+    masked = load(source)
+    _mask(masked, student.facts, kept)
+    silent = np.setdiff1d(np.arange(64), kept.hidden)
+    with torch.no_grad():
+        for block in masked.model.layers:
+            block.self_attn.o_proj.bias[silent] = 0
+    ids = random_ids()
+    torch.testing.assert_close(logits(load(out), ids), logits(masked, ids), atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_scores_are_the_activations_of_transformers(tiny: Tiny, family: str) -> None:
+    student, ids = Student(tiny(family)), random_ids()
+    facts, model = student.facts, load(tiny(family))
+    seen: dict[str, torch.Tensor] = {}
+    for name, module in model.named_modules():
+        if name.endswith(("o_proj", "down_proj")):
+            module.register_forward_hook(
+                lambda _, args, __, name=name: seen.__setitem__(name, args[0])
+            )
+        elif name.endswith(("layernorm", "model.norm")):
+            module.register_forward_hook(lambda _, __, out, name=name: seen.__setitem__(name, out))
+    logits(model, ids)
+    found = channel_importance(student.path, ids)
+    hidden = sum(x.abs().mean((0, 1)) for n, x in seen.items() if n.endswith("norm"))
+    assert isinstance(hidden, torch.Tensor)
+    np.testing.assert_allclose(found.hidden, hidden, rtol=1e-3)
+    width = facts.heads // facts.kv_heads * facts.head_dim
+    for layer, block in enumerate(model.model.layers):
+        at = f"model.layers.{layer}"
+        gated = seen[f"{at}.mlp.down_proj"]
+        sizes = block.mlp.down_proj.weight.detach().norm(dim=0)
+        np.testing.assert_allclose(found.ffn[layer], gated.abs().mean((0, 1)) * sizes, rtol=1e-3)
+        for group in range(facts.kv_heads):
+            columns = slice(group * width, (group + 1) * width)
+            attended = seen[f"{at}.self_attn.o_proj"][..., columns]
+            added = attended @ block.self_attn.o_proj.weight.detach()[:, columns].T
+            expected = float(added.norm(dim=-1).mean())
+            assert found.kv_groups[layer][group] == pytest.approx(expected, rel=1e-3)
+
+
+def test_what_does_nothing_goes_first_in_each_layer_by_itself(tiny: Tiny, tmp_path: Path) -> None:
+    silent = {layer: np.arange(layer, 128, 2 + layer)[:32] for layer in range(3)}
+
+    def change(name: str, values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        if name.endswith("down_proj.weight"):
+            values[:, silent[int(name.split(".")[2])]] = 0.0
+        elif name.endswith("o_proj.weight"):
+            group = int(name.split(".")[2]) % 2
+            values[:, group * 32 : (group + 1) * 32] = 0.0
+        return values
+
+    student = edited(tiny("llama"), tmp_path / "student", change)
+    stage = PruneWidth(ffn_share=0.75, kv_heads=1, multiple_of=32, calibration=SHORT)
+    stage.run(student, out := empty(tmp_path / "out"))
+    ids = random_ids()
+    torch.testing.assert_close(
+        logits(load(out), ids), logits(load(student), ids), atol=2e-4, rtol=1e-4
+    )
+    found = Pruning.model_validate_json((out / PRUNING_FILE).read_bytes())
+    assert found.losses[0].kl < 1e-6
+    assert found.after["intermediate_size"] == 96
+    assert [k.what for k in found.kept] == []  # nothing that carries anything went
+
+
+def test_importance_beats_the_opposite_choice(tiny: Tiny, tmp_path: Path) -> None:
+    student, ids = Student(tiny("llama")), random_ids()
+    after = PruneWidth(ffn_size=96).facts_after(student.facts)
+    importance = channel_importance(student.path, random_ids(seed=9))
+    best = importance.largest(after)
+    worst = KeptWidth(
+        [np.sort(np.argsort(scores)[:96]) for scores in importance.ffn], best.kv_groups, best.hidden
+    )
+    whole = logits(load(student.path), ids)
+    costs = []
+    for name, kept in (("best", best), ("worst", worst)):
+        narrow(student, out := empty(tmp_path / name), kept, after)
+        costs.append(mean_kl(whole, logits(load(out), ids)))
+    assert costs[0] < 0.7 * costs[1]
+
+
+def test_stage_tells_sizes_parameters_and_shares(tiny: Tiny, tmp_path: Path) -> None:
+    stage = PruneWidth(ffn_size=64, hidden_size=32, multiple_of=32, calibration=SHORT)
+    stage.run(tiny("llama"), tmp_path)
+    found = Pruning.model_validate_json((tmp_path / PRUNING_FILE).read_bytes())
+    assert found.parameters_after == sum(p.numel() for p in load(tmp_path).parameters())
+    assert (found.before["hidden_size"], found.after["hidden_size"]) == (64, 32)
+    assert {k.what for k in found.kept} == {"ffn channels", "hidden channels"}
+    assert all(0.5 < k.least <= k.mean < 1.0 for k in found.kept)
+
+
+def test_impossible_widths_are_known_before_any_work(tiny: Tiny, tmp_path: Path) -> None:
+    facts = Student(tiny("llama")).facts
+
+    def problems(**fields: float) -> str:
+        return " | ".join(PruneWidth.model_validate(fields).problems(facts, quantized=False))
+
+    assert problems(ffn_size=64) == ""
+    assert problems(hidden_size=32, multiple_of=32) == ""
+    assert "not below" in problems(ffn_size=128)
+    assert "multiple of 64" in problems(ffn_size=100)
+    assert "kv_heads: 2 is not below" in problems(kv_heads=2)
+    assert "query heads" in problems(hidden_size=30, multiple_of=2)
+    assert "not below" in problems(ffn_share=0.01, multiple_of=256)
+    both = problems(ffn_size=200, hidden_size=72)
+    assert both.count("not below") == 2
+    assert both.count("multiple of 64") == 2
+    assert "quantized" in PruneWidth(ffn_size=64).problems(facts, quantized=True)[0]
+    QuantizeRtn(bits=8).run(tiny("llama"), quantized := empty(tmp_path / "int8"))
+    with pytest.raises(InputError, match="quantized"):
+        PruneWidth(ffn_size=64).run(quantized, empty(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({}, "nothing to prune"),
+        ({"ffn_size": 64, "ffn_share": 0.5}, "one of them"),
+        ({"ffn_share": 1.0}, "less than 1"),
+        ({"kv_heads": 0}, "greater than or equal to 1"),
+    ],
+)
+def test_a_stage_that_says_nothing_or_two_things_is_refused(
+    fields: dict[str, float], named: str
+) -> None:
+    with pytest.raises(ValidationError, match=named):
+        PruneWidth.model_validate(fields)
