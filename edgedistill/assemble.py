@@ -23,7 +23,15 @@ from edgedistill.results import (
     SliceQuality,
     Verification,
 )
-from edgedistill.tasks import BENCH_FILE, EVALUATION_FILE, VERIFICATION_FILE, WEIGHTS_FILE, Weights
+from edgedistill.rung_results import RungReport, read_rung
+from edgedistill.tasks import (
+    BENCH_FILE,
+    EVALUATION_FILE,
+    VERIFICATION_FILE,
+    WEIGHTS_FILE,
+    RunStage,
+    Weights,
+)
 from edgedistill.traffic_results import TrafficFindings
 from edgedistill.verdict import (
     Ruling,
@@ -54,6 +62,7 @@ class Assembled:
     artifacts: list[BuiltArtifact]
     judgements: list[Judgement]
     reference: SliceQuality | None
+    rungs: list[RungReport]
     exit_code: ExitCode
 
 
@@ -69,7 +78,19 @@ def assemble(recipe: Recipe, steps: BuildSteps, pipeline: Pipeline) -> Assembled
     failed = (pipeline.outcome(step).error for step in steps.ordered())
     codes += [error.exit_code for error in failed if error is not None]
     quality = _read(pipeline, steps.reference_quality, EVALUATION_FILE, Evaluation)
-    return Assembled(artifacts, judgements, quality.overall if quality else None, worst(codes))
+    overall = quality.overall if quality else None
+    return Assembled(artifacts, judgements, overall, _rungs(steps, pipeline), worst(codes))
+
+
+def _rungs(steps: BuildSteps, pipeline: Pipeline) -> list[RungReport]:
+    """What the stages of each rung wrote down, those that all rungs share among them."""
+    students = {artifact.rung: artifact.student for artifact in steps.artifacts}
+    found = []
+    for rung, student in students.items():
+        stages = (step for step in student.lineage() if isinstance(step.task, RunStage))
+        written = [path for step in stages if (path := pipeline.output(step))]
+        found.append(read_rung(rung, written))
+    return [rung for rung in found if rung.says_something]
 
 
 class _Gatherer:

@@ -101,6 +101,7 @@ def build(options: Options, tell: Say = say) -> tuple[BuildReport, Path]:
         machine=_machine(),
         exit_code=assembled.exit_code,
         floor_lowered=lowered,
+        rungs=assembled.rungs,
     )
     page = _publish(prepared.recipe, assembled, report, options.exports)
     keep_scores(prepared.steps, pipeline, options.exports / prepared.recipe.name)

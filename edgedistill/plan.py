@@ -206,8 +206,13 @@ class _Planner:
             runtime=runtime,
             context_tokens=self._recipe.context_tokens,
             threads=self._threads,
+            pruned=self._is_pruned(label.partition("/")[0]),
         )
         return self._step(f"{label}: verify", task, **inputs)
+
+    def _is_pruned(self, rung: str) -> bool:
+        stages = [*self._recipe.stages, *self._recipe.rungs[rung]]
+        return any(stage.config.prunes for stage in stages)
 
     def _judge(self, label: str, student: Step, *, long: bool = True) -> Step:
         recipe = self._recipe

@@ -224,7 +224,7 @@ def _artifact(prepared: Prepared, rung: str, format_name: str, cases: int) -> Pl
     facts = prepared.facts
     stages = [*prepared.recipe.stages, *prepared.recipe.rungs[rung]]
     weight_bytes = artifact_bytes(facts, stages, format_name)
-    unpruned = [step for step in stages if step.config.facts_after(facts) == facts]
+    unpruned = [step for step in stages if not step.config.prunes]
     speedup = None
     if len(unpruned) < len(stages):
         speedup = artifact_bytes(facts, unpruned, format_name) / weight_bytes

@@ -8,6 +8,7 @@ from edgedistill.choice_results import ChoiceQuality, ClassChange, Reliability, 
 from edgedistill.document import Document as Document
 from edgedistill.document import Estimate as Estimate
 from edgedistill.document import Interval as Interval
+from edgedistill.rung_results import RungReport
 from edgedistill.traffic_results import TrafficFindings
 
 Verdict = Literal["pass", "fail", "underpowered", "unjudged", "not measured"]
@@ -359,6 +360,7 @@ class BuildReport(Document):
 
     Attributes:
         peak_ram_limit_bytes: what the recipe allows any step to hold; None when it says nothing.
+        rungs: how each was made smaller, where a stage wrote something down.
         floor_lowered: clauses that earlier releases among the exports were held to.
     """
 
@@ -379,6 +381,7 @@ class BuildReport(Document):
     exit_code: int
     peak_ram_limit_bytes: int | None = None
     floor_lowered: list[LoweredClause] = []
+    rungs: list[RungReport] = []
 
     @property
     def peak_rss_bytes(self) -> int:

@@ -142,11 +142,16 @@ class JudgeLogits(Task):
 
 
 class Verify(Task):
-    """Is the artifact the model that we think it is?"""
+    """Is the artifact the model that we think it is?
+
+    Attributes:
+        pruned: the rung's stages took parts out of the student.
+    """
 
     format: str
     runtime: str
     context_tokens: int
+    pruned: bool = False
 
     def run(self, inputs: Mapping[str, Path], dst: Path) -> None:
         """Reads ``artifact``, ``student``, the judges; writes ``verification.json``."""
@@ -161,6 +166,7 @@ class Verify(Task):
             base_judge=inputs.get("base_judge"),
             context_tokens=self.context_tokens,
             threads=self.threads,
+            pruned=self.pruned,
         )
         (dst / VERIFICATION_FILE).write_text(found.model_dump_json(indent=2), encoding="utf-8")
 

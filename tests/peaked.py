@@ -131,7 +131,7 @@ def export(student: Path, dst: Path, format_name: str) -> Path:
     return dst
 
 
-def verify(good: Good, artifact: Path, format_name: str) -> Verification:
+def verify(good: Good, artifact: Path, format_name: str, *, pruned: bool = False) -> Verification:
     """Hold an artifact against the good student and its judges."""
     return verify_artifact(
         artifact,
@@ -142,6 +142,7 @@ def verify(good: Good, artifact: Path, format_name: str) -> Verification:
         base_judge=good.base.judge,
         context_tokens=CONTEXT,
         threads=THREADS,
+        pruned=pruned,
     )
 
 

@@ -63,11 +63,22 @@ def test_pruned_students_pass_in_all_formats(family: str, tmp_path: Path) -> Non
             artifact = export(good.rung.student, tmp_path / f"{rung}-{name}", name)
             alarms += [
                 f"{rung}/{name} {check.name}: {check.value} against {check.limit}"
-                for check in verify(good, artifact, name).checks
-                # How much of "the adapter" a pruning leaves is no question of the format.
-                if not check.passed and not check.name.startswith("adapter")
+                for check in verify(good, artifact, name, pruned=True).checks
+                if not check.passed
             ]
     assert alarms == []
+
+
+def test_an_adapter_that_is_lost_behind_a_pruning_is_named(tmp_path: Path) -> None:
+    stages = [PruneDepth(layers=1, search_tokens=128, calibration=SHORT)]
+    good = make_good(tmp_path, "llama", {"float": stages}, 77)["float"]
+    unadapted = tmp_path / "unadapted"
+    unadapted.mkdir()
+    stages[0].run(good.base.student, unadapted)
+    artifact = export(unadapted, tmp_path / "gguf", "gguf")
+    checks = {c.name: c for c in verify(good, artifact, "gguf", pruned=True).checks}
+    assert not checks["adapter: effect retained"].passed
+    assert "pruning left" in checks["adapter: effect retained"].detail
 
 
 def test_a_slim_rung_is_built_step_by_step_and_healed_by_the_reference(

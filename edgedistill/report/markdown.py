@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from edgedistill.report import words
 from edgedistill.report.page import check_names, find_check, limitations
+from edgedistill.report.smaller import rung_sentences
 from edgedistill.results import ArtifactReport, BuildReport, Evaluation, Timing
 
 SHOWN_FLIPS = 5
@@ -20,6 +21,10 @@ def render_markdown(report: BuildReport) -> str:
         _judgements(report),
         _ladder(report),
         *(_quality(artifact) for artifact in report.artifacts),
+        *(
+            _list(f"How {rung.rung} was made smaller", rung_sentences(report, rung))
+            for rung in report.rungs
+        ),
         _verification(report),
         _speed(report),
         _steps(report),

@@ -41,6 +41,11 @@ class PruneDepth(Stage):
     calibration: Calibration = Calibration()
     chat: Chat = Chat()
 
+    @property
+    def prunes(self) -> bool:
+        """It does."""
+        return True
+
     def facts_after(self, facts: DecoderFacts) -> DecoderFacts:
         """So many layers less."""
         return dataclasses.replace(facts, layers=max(1, facts.layers - self.layers))

@@ -57,6 +57,11 @@ class PruneWidth(Stage):
             raise ValueError("nothing to prune: give ffn_size, ffn_share, kv_heads or hidden_size")
         return self
 
+    @property
+    def prunes(self) -> bool:
+        """It does."""
+        return True
+
     def facts_after(self, facts: DecoderFacts) -> DecoderFacts:
         """The sizes that stay."""
         ffn_size = self.ffn_size or facts.ffn_size

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from edgedistill.errors import StageError
 from edgedistill.plugins import load_plugin
 from edgedistill.progress import progress_bar
@@ -29,6 +31,7 @@ from edgedistill.verify.text import check_text
 # Nearest to 1, where 0 is an adapter that is not there and 2 one that was merged twice.  What
 # rounding itself takes from the effect is reported, and judged on the suite: 0.71 at 4 bits (demo).
 ADAPTER_EFFECT_RANGE = (0.5, 1.5)
+CHUNK_TOKENS = 64
 
 
 def verify_artifact(
@@ -41,6 +44,7 @@ def verify_artifact(
     base_judge: Path | None,
     context_tokens: int,
     threads: int,
+    pruned: bool = False,
 ) -> Verification:
     """Check that an artifact is the model that we think it is.
 
@@ -53,6 +57,8 @@ def verify_artifact(
         base_judge: on the student before adapters were merged; None when there are none.
         context_tokens: what the artifact claims.
         threads: for the runtime.
+        pruned: parts were taken out of the student, and some of the adapter's effect with them; so
+            the artifact has to show what the student's own weights still show of it in float32.
     """
     runtime: Runtime = load_plugin("runtimes", load_plugin("exporters", format_name).runtime)()
     quantized = Student(student).is_quantized
@@ -72,8 +78,9 @@ def verify_artifact(
         checks += check_text(session, artifact, student)
         golden = make_golden(session, student)
     checks += lint_artifact(artifact, format_name, student, context_tokens=context_tokens)
-    if effect is not None:
-        checks.append(_check_adapter(effect))
+    if effect is not None and base is not None:
+        left = _adapter_left(weights, reference, base) if pruned else 1.0
+        checks.append(_check_adapter(effect, left))
     return Verification(
         checks=checks,
         against_weights=own,
@@ -172,12 +179,27 @@ def _read_long(judge: Path, context_tokens: int) -> JudgedStretches | None:
     return long
 
 
-def _check_adapter(effect: AdapterEffect) -> Check:
-    low, high = ADAPTER_EFFECT_RANGE
+def _adapter_left(
+    weights: list[JudgedText], reference: list[JudgedText], base: list[JudgedText]
+) -> float:
+    """The share of the adapter's effect that the rung's own weights show in float32."""
+    effect = AdapterEffect()
+    for own, other, before in zip(weights, reference, base, strict=True):
+        for start in range(0, len(own.ids), CHUNK_TOKENS):
+            rows = slice(start, start + CHUNK_TOKENS)
+            log_probs = own.log_probs[rows].astype(np.float64)
+            effect.add(before.log_probs[rows], other.log_probs[rows], log_probs)
+    return effect.share
+
+
+def _check_adapter(effect: AdapterEffect, left: float) -> Check:
+    low, high = sorted(limit * left for limit in ADAPTER_EFFECT_RANGE)
+    pruning = "" if left == 1.0 else f"; pruning left {left:.2f} of it"
     return Check(
         name="adapter: effect retained",
         passed=low <= effect.share <= high,
         value=effect.share,
         limit=low,
-        detail=f"share of the logit shift, base to reference; between {low} and {high}",
+        detail=f"share of the logit shift, base to reference; between {low:.3g} and {high:.3g}"
+        f"{pruning}",
     )
