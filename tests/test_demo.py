@@ -29,7 +29,7 @@ RUNGS = ("plain", "float", "int8")
 ADAPTER = Path(__file__).parents[1] / "recipes/data/sentiment/adapter"
 FORMATS = plugin_names("exporters")
 CONTEXT = 2048
-THREADS = 2
+THREADS = 1
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ def verify(bench: Bench, exported: Path, root: Path, format_name: str) -> Verifi
         reference_judge=bench.judge,
         base_judge=bench.base_judge,
         context_tokens=CONTEXT,
-        threads=2,
+        threads=1,
     )
 
 
@@ -194,7 +194,7 @@ def test_a_quantized_artifact_is_judged_on_its_own_weights(
         reference_judge=bench.judge,
         base_judge=bench.base_judge,
         context_tokens=CONTEXT,
-        threads=2,
+        threads=1,
     )
     own = np.mean([t.kl_mean for t in verification.against_weights])
     other = np.mean([t.kl_mean for t in verification.against_reference])
@@ -255,7 +255,7 @@ def judged_text(student: Path, root: Path, text: str, chat: Chat = Chat()) -> st
     from transformers import AutoTokenizer
 
     root.mkdir()
-    write_judge_logits(student, {"text": text}, root, chat=chat, threads=2)
+    write_judge_logits(student, {"text": text}, root, chat=chat, threads=1)
     (judged,) = read_judge_logits(root)
     read: str = AutoTokenizer.from_pretrained(str(student)).decode(judged.ids)
     return read
@@ -301,7 +301,7 @@ def test_judges_that_read_other_ids_are_not_compared(
     (copied / "chat_template.jinja").write_text("Today is Monday. {{ messages[0].content }}")
     monday = tmp_path / "monday"
     monday.mkdir()
-    write_judge_logits(copied, TEXTS, monday, chat=Chat(), threads=2)
+    write_judge_logits(copied, TEXTS, monday, chat=Chat(), threads=1)
     with pytest.raises(StageError, match="different token ids"):
         verify(replace(bench, base_judge=monday), copied, tmp_path, "gguf")
 
