@@ -257,7 +257,11 @@ def test_a_student_is_nearer_in_sequence_and_nearer_still_when_errors_are_undone
     ids = calibration_ids(source, seen, Chat())
     unseen = seen.model_copy(update={"seed": 1, "tokens": 1024})
     held_out = calibration_ids(source, unseen, Chat())
-    choice = MatrixGrids(bits=2)
+    choice, student = MatrixGrids(bits=2), Student(source)
+
+    def grid_of(name: str) -> Grid:
+        return choice.grid_of(name, student.facts)
+
     own = dequantized_logits(source, held_out, tmp_path / "own")
 
     def kl(name: str, run: Callable[[Path], None]) -> float:
@@ -270,7 +274,11 @@ def test_a_student_is_nearer_in_sequence_and_nearer_still_when_errors_are_undone
 
     def gptq(name: str, **changes: Any) -> float:
         settings = replace(GptqSettings(compensation=0.0), **changes)
-        return kl(name, lambda dst: quantize_student(Student(source), dst, ids, choice, settings))
+
+        def run(dst: Path) -> None:
+            quantize_student(student, dst, ids, grid_of, settings, label=name)
+
+        return kl(name, run)
 
     apart, after = gptq("apart", sequential=False), gptq("after")
     assert apart < 0.9 * rounding
