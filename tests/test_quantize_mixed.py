@@ -13,7 +13,8 @@ import torch
 from pydantic import ValidationError
 
 from edgedistill.allocation_results import ALLOCATION_FILE, Allocation
-from edgedistill.calibration import Calibration
+from edgedistill.calibration import Calibration, calibration_ids
+from edgedistill.chat import Chat
 from edgedistill.estimate import artifact_bytes
 from edgedistill.grid_damage import SensitivityText, measure_damage
 from edgedistill.mixed_bytes import MixedBytes
@@ -133,7 +134,11 @@ def test_it_is_nearer_than_rounding_everything_to_four_bits_at_no_more_bytes(
     from transformers import AutoModelForCausalLM
 
     from edgedistill.student import dequantize_student
+    from tests.tiny import CORPUS
 
+    words = np.random.default_rng(0).choice(" ".join(CORPUS).split(), 6000)
+    (tmp_path / "text.txt").write_text(" ".join(words), encoding="utf-8")
+    seen = Calibration(file=tmp_path / "text.txt", tokens=8192, sequence_tokens=128)
     source = Student(tiny("llama"))
     choice = QuantizeRtn.model_validate(
         {"bits": 4, "zero": "fixed", "embeddings": {"bits": 4, "zero": "fixed"}}
@@ -142,11 +147,11 @@ def test_it_is_nearer_than_rounding_everything_to_four_bits_at_no_more_bytes(
     size_mb = artifact_bytes(source.facts, steps, "gguf") / 1e6
     stages = {
         "rounded": choice,
-        "mixed": QuantizeMixed(size_mb=size_mb, formats=("gguf",), calibration=TEXT),
+        "mixed": QuantizeMixed(size_mb=size_mb, formats=("gguf",), calibration=seen),
         "own": None,
     }
-    draw = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, source.facts.vocab_size, (8, 64), generator=draw)
+    unseen = seen.model_copy(update={"seed": 1, "tokens": 1024})
+    ids = torch.from_numpy(np.stack(calibration_ids(source.path, unseen, Chat())))
     logits = {}
     for name, stage in stages.items():
         path, plain = tmp_path / name, tmp_path / f"{name}-float"
