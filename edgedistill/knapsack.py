@@ -127,7 +127,8 @@ class _Search:
         return picked[::-1]
 
 
-def _sums_after(values: list[int] | list[float]) -> npt.NDArray[np.generic]:
-    """The sum of all that come after each."""
-    array = np.array(values)
-    return np.cumsum(array[::-1])[::-1] - array
+def _sums_after(values: list[int] | list[float]) -> npt.NDArray[np.float64]:
+    """The sum of all that come after each; sums of bytes are exact below 2^53."""
+    array = np.array(values, dtype=np.float64)
+    sums: npt.NDArray[np.float64] = np.cumsum(array[::-1])[::-1] - array
+    return sums
