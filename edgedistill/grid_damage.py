@@ -116,7 +116,8 @@ class _Walk:
 
     def block(self, layer: int) -> Damage:
         """What the grids would cost the matrices of a block; all streams leave it."""
-        names, damage = self._facts.linears(layer), {}
+        names = self._facts.linears(layer)
+        damage: Damage = {}
         weights = self._forward.read_block(layer)
         for half in HALVES:
             hessians = [_moments(x) for x in _read(self._forward, half, weights, self._fitted)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 
 from edgedistill.decoder import DecoderFacts
@@ -59,12 +59,12 @@ class MixedBytes:
     @property
     def least(self) -> int:
         """Of the student on the smallest grids."""
-        return self._total(min)
+        return self.float_bytes + sum(min(of) for of in self._of_candidates())
 
     @property
     def most(self) -> int:
         """Of the student on the largest grids."""
-        return self._total(max)
+        return self.float_bytes + sum(max(of) for of in self._of_candidates())
 
     def expected(self, name: str, target: int) -> dict[Grid, float]:
         """Share of a matrix that is likely to lie on which grid.
@@ -84,9 +84,10 @@ class MixedBytes:
         share = (target - below) / (above - below)
         return {uniform[below]: 1 - share, uniform[above]: share}
 
-    def _total(self, which: type[min] | type[max]) -> int:
-        matrices = (which(self.of(n, g) for g in grids) for n, grids in self.candidates.items())
-        return self.float_bytes + sum(matrices)
+    def _of_candidates(self) -> Iterator[list[int]]:
+        """Bytes on every candidate, of every matrix."""
+        for name, grids in self.candidates.items():
+            yield [self.of(name, grid) for grid in grids]
 
     def _fullest(self, name: str, grid: Grid | None) -> int:
         return max(e.stored_bytes(self._shapes[name], grid) for e in self._exporters)

@@ -60,11 +60,9 @@ def output_weights(
         seed: of the tokens that are drawn.
     """
     forward, facts = _Probed(student), student.facts
-    shape = (*ids.shape, facts.hidden_size)
-    entered = [
-        mapped_array(shape, scratch / f"block-{layer}.hidden") for layer in range(facts.layers)
-    ]
-    batches = token_batches(*ids.shape, most=BACKWARD_TOKENS)
+    shape = (facts.layers, *ids.shape, facts.hidden_size)
+    entered = mapped_array(shape, scratch / "entered.hidden")
+    batches = token_batches(len(ids), ids.shape[1], BACKWARD_TOKENS)
     hidden = forward.embed(ids)
     for layer in range(facts.layers):
         entered[layer][:] = hidden.numpy()
@@ -152,5 +150,5 @@ class _Probed(DecoderForward):
         out = super()._linear(weights, short, x)
         if short in self._squares:
             squares, batch = self._squares[short], self._batch
-            out.register_hook(lambda gradient: squares.add(batch, gradient))
+            out.register_hook(lambda gradient: squares.add(batch, gradient))  # type: ignore[no-untyped-call]
         return out
