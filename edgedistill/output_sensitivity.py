@@ -32,18 +32,24 @@ BACKWARD_TOKENS = 1024
 class OutputWeight:
     """The weight of a squared error of a matrix's output, ``rows[r] * tokens[t]``.
 
+    An error that all tokens share is weighed by itself: attention averages the others out, not it.
+
     Attributes:
         rows: float32 [rows], mean squared gradient of an output.
         tokens: float32 [sequences, tokens], of mean 1.
+        shared: float32 [rows], mean squared gradient of what is added to all tokens of a sequence,
+            over the number of its tokens.
     """
 
     rows: Tensor
     tokens: Tensor
+    shared: Tensor
 
     def loss(self, off: Tensor) -> float:
         """Half the mean over tokens: nats a token, of errors [sequences, tokens, rows]."""
-        by_token = off.square() @ self.rows
-        return 0.5 * float((by_token * self.tokens).mean())
+        mean = (off * self.tokens[..., None]).mean((0, 1))
+        by_token = (off - mean).square() @ self.rows
+        return 0.5 * float((by_token * self.tokens).mean() + mean.square() @ self.shared)
 
 
 def output_weights(
@@ -105,20 +111,26 @@ class _Squares:
     def __init__(self, sequences: int, tokens: int) -> None:
         self._tokens = torch.zeros(sequences, tokens)
         self._rows: Tensor | None = None
+        self._shared: Tensor | None = None
 
     def add(self, batch: slice, gradient: Tensor) -> None:
         """Count the gradient [sequences of the batch, tokens, rows]."""
         squared = gradient.square()
         self._tokens[batch] = squared.sum(-1)
         rows = squared.sum((0, 1))
+        shared = gradient.sum(1).square().sum(0)
         self._rows = rows if self._rows is None else self._rows + rows
+        self._shared = shared if self._shared is None else self._shared + shared
 
     def weight(self) -> OutputWeight:
         """The means; nothing counts where nothing has a gradient."""
-        assert self._rows is not None  # every matrix is watched
+        # Every matrix is watched.
+        assert self._rows is not None
+        assert self._shared is not None
         mean = self._tokens.mean()
         tokens = self._tokens / mean if mean > 0 else torch.zeros_like(self._tokens)
-        return OutputWeight(self._rows / self._tokens.numel(), tokens)
+        count = self._tokens.numel()
+        return OutputWeight(self._rows / count, tokens, self._shared / count)
 
 
 class _Probed(DecoderForward):

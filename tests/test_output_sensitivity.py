@@ -15,10 +15,11 @@ from edgedistill.student import Student
 Tiny = Callable[[str], Path]
 
 
+@pytest.mark.parametrize("shared", [False, True], ids=["by token", "shared"])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize("short", ["q", "v", "o", "up", "down"])
 def test_small_noise_on_outputs_costs_the_kl_that_is_predicted(
-    tiny: Tiny, tmp_path: Path, family: str, short: str
+    tiny: Tiny, tmp_path: Path, family: str, short: str, shared: bool
 ) -> None:
     """``transformers`` with noise added to what one matrix puts out, and the KL that results."""
     from transformers import AutoModelForCausalLM
@@ -33,8 +34,10 @@ def test_small_noise_on_outputs_costs_the_kl_that_is_predicted(
     predicted, measured = [], []
     with torch.no_grad():
         own = model(ids).logits.double().log_softmax(-1)
-        for _ in range(3):
-            noise = 0.01 * torch.randn(16, 48, matrix.out_features, generator=draw)
+        for _ in range(6 if shared else 3):
+            shape = (1, 1) if shared else (16, 48)
+            noise = 0.01 * torch.randn(*shape, matrix.out_features, generator=draw)
+            noise = noise.expand(16, 48, -1).clone()
             noise *= torch.rand(matrix.out_features, generator=draw) > 0.5  # some rows alone
             handle = matrix.register_forward_hook(lambda m, x, y, n=noise: y + n)
             other = model(ids).logits.double().log_softmax(-1)
@@ -58,3 +61,4 @@ def test_two_draws_agree_and_files_change_nothing(
         for other in (again[name], filed[name]):
             torch.testing.assert_close(weight.rows, other.rows, rtol=0, atol=0)
             torch.testing.assert_close(weight.tokens, other.tokens, rtol=0, atol=0)
+            torch.testing.assert_close(weight.shared, other.shared, rtol=0, atol=0)
