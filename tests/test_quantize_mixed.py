@@ -57,6 +57,7 @@ def read_allocation(directory: Path) -> Allocation:
     return Allocation.model_validate_json((directory / ALLOCATION_FILE).read_bytes())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_exported_file_is_never_over_the_target(mixed: Path, tmp_path: Path, name: str) -> None:
     exporter = load_plugin("exporters", name)()
@@ -69,6 +70,7 @@ def test_the_exported_file_is_never_over_the_target(mixed: Path, tmp_path: Path,
         assert written > 0.97 * allocation.target_bytes
 
 
+@pytest.mark.slow
 def test_bits_differ_and_the_document_says_what_was_done(mixed: Path) -> None:
     allocation, student = read_allocation(mixed), Student(mixed)
     said = {matrix.tensor: matrix.grid for matrix in allocation.matrices}
@@ -83,6 +85,7 @@ def test_bits_differ_and_the_document_says_what_was_done(mixed: Path) -> None:
             assert matrix.step_up.gain <= 0
 
 
+@pytest.mark.slow
 def test_predicted_losses_are_those_that_transformers_measures(tiny: Tiny, tmp_path: Path) -> None:
     """One matrix at a time is put into the float student as it was quantized."""
     from transformers import AutoModelForCausalLM
