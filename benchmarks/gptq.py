@@ -108,15 +108,19 @@ def write_texts(work: Path) -> dict[str, Path]:
 class Judge:
     """The float student's log-probabilities on the evaluation texts, kept in files."""
 
-    def __init__(self, student: Path, texts: dict[str, Path], work: Path) -> None:
+    def __init__(
+        self,
+        student: Path,
+        texts: dict[str, Path],
+        work: Path,
+        tokens: int = EVALUATION_TOKENS,
+    ) -> None:
         def ids(name: str) -> list[Ids]:
-            settings = Calibration(
-                file=texts[name], tokens=EVALUATION_TOKENS, sequence_tokens=SEQUENCE_TOKENS
-            )
+            settings = Calibration(file=texts[name], tokens=tokens, sequence_tokens=SEQUENCE_TOKENS)
             return calibration_ids(student, settings, Chat())
 
         self.ids = {name: ids(name) for name in ("manual", "reviews")}
-        self._files = {name: work / f"{name}.{student.name}.logits" for name in self.ids}
+        self._files = {n: work / f"{n}.{student.name}.{tokens}.logits" for n in self.ids}
         if not all(file.exists() for file in self._files.values()):
             self._run(student)
 
@@ -177,7 +181,16 @@ def quantize(
         if settings is None:
             QuantizeRtn(**choice.model_dump(exclude_unset=True)).run(student, quantized)
         else:
-            quantize_student(Student(student), quantized, ids, choice, settings)
+            source = Student(student)
+            facts = source.facts
+            quantize_student(
+                source,
+                quantized,
+                ids,
+                lambda name: choice.grid_of(name, facts),
+                settings,
+                label=variant,
+            )
         measured = {
             "settings": asdict(settings) if settings else None,
             "seconds": round(time.monotonic() - wall, 1),

@@ -95,12 +95,12 @@ class DecoderForward:
         """What the half's last matrix reads: [..., hidden] -> [..., heads * head_dim] or ffn."""
         if half == ATTENTION:
             return self._attention(weights, x)
-        gated = functional.silu(functional.linear(x, weights.linears["gate"]))
-        return gated * functional.linear(x, weights.linears["up"])
+        gated = functional.silu(self._linear(weights, "gate", x))
+        return gated * self._linear(weights, "up", x)
 
     def leave(self, half: Half, weights: BlockWeights, inner: Tensor) -> Tensor:
         """What the half adds to the stream."""
-        return functional.linear(inner, weights.linears[half.exit], weights.biases.get(half.exit))
+        return self._linear(weights, half.exit, inner)
 
     def head(self, hidden: Tensor) -> Tensor:
         """[..., hidden] -> logits [..., vocab]."""
@@ -111,7 +111,7 @@ class DecoderForward:
         """Causal grouped-query attention: [batch, tokens, hidden] -> [..., heads * head_dim]."""
         batch, tokens, _ = x.shape
         q, k, v = (
-            functional.linear(x, weights.linears[s], weights.biases.get(s))
+            self._linear(weights, s, x)
             .view(batch, tokens, -1, self.facts.head_dim)
             .transpose(1, 2)  # [batch, heads, tokens, head_dim]
             for s in "qkv"
@@ -121,6 +121,10 @@ class DecoderForward:
         q, k = self._rotate(q), self._rotate(k)
         attended = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return attended.transpose(1, 2).reshape(batch, tokens, -1)
+
+    def _linear(self, weights: BlockWeights, short: str, x: Tensor) -> Tensor:
+        """What a matrix of the block makes of its inputs: [..., columns] -> [..., rows]."""
+        return functional.linear(x, weights.linears[short], weights.biases.get(short))
 
     def _rotate(self, x: Tensor) -> Tensor:
         """Rotary embedding of halves on [batch, heads, tokens, head_dim]."""

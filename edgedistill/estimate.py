@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 
 from edgedistill.decoder import DecoderFacts
+from edgedistill.plugins import load_plugin
 from edgedistill.quantized import Grid
 from edgedistill.recipe import StageStep
 from edgedistill.stage import StageCost
@@ -40,33 +41,25 @@ def facts_of_rung(facts: DecoderFacts, stages: Sequence[StageStep]) -> DecoderFa
 
 
 def artifact_bytes(facts: DecoderFacts, stages: Sequence[StageStep], format_name: str) -> int:
-    """Bytes of the weights of a rung in a format.
+    """Bytes of the weights of a rung in a format, as its exporter stores them.
 
-    The first grid of a stage is taken for its embedding, the last for its other matrices: the
-    order of :meth:`DecoderFacts.matrices`.
+    A grid that the format does not hold, which a recipe is refused for, counts without padding.
     """
-    grids = [grid for step in stages for grid in step.config.grids(facts)]
+    exporter = load_plugin("exporters", format_name)()
     facts = facts_of_rung(facts, stages)
+    matrices = set(facts.matrices())
     total = 0.0
     for name, shape in facts.tensor_shapes().items():
-        grid = _grid_of(name, facts, grids) if len(shape) == 2 else None
-        total += math.prod(shape) * _bits(grid, len(shape) == 2, format_name) / 8
+        grids: dict[Grid, float] = {}
+        for step in stages if name in matrices else ():
+            grids = step.config.expected_grids(name, facts) or grids
+        if not grids:
+            total += exporter.stored_bytes(shape, None)
+        for grid, share in grids.items():
+            held = exporter.holds(grid) and shape[1] % grid.group_size == 0
+            whole = math.prod(shape) * grid.bits_per_weight / 8
+            total += share * (exporter.stored_bytes(shape, grid) if held else whole)
     return int(total)
-
-
-def _grid_of(name: str, facts: DecoderFacts, grids: list[Grid]) -> Grid | None:
-    if not grids:
-        return None
-    return grids[0] if name in (facts.embedding, facts.head) else grids[-1]
-
-
-def _bits(grid: Grid | None, matrix: bool, format_name: str) -> float:
-    """Stored bits of a weight; formats differ in the width of scales and of float weights."""
-    if grid is None:
-        return 16 if matrix and format_name != "onnx" else 32
-    if format_name == "onnx":  # scales are float32 there
-        return grid.bits_per_weight + 16 / grid.group_size
-    return grid.bits_per_weight
 
 
 def judge_peak_bytes(facts: DecoderFacts) -> int:

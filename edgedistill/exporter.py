@@ -26,6 +26,15 @@ class Exporter(ABC):
         """Whether the format stores such codes, scales and zeros exactly."""
 
     @abstractmethod
+    def stored_bytes(self, shape: tuple[int, ...], grid: Grid | None) -> int:
+        """Bytes that a tensor of the student takes, without headers and alignment.
+
+        Args:
+            shape: of a matrix, or of a vector, which has no grid.
+            grid: that ``holds``; None for a float tensor.
+        """
+
+    @abstractmethod
     def export(self, student: Student, dst: Path, *, context_tokens: int) -> None:
         """Write the artifact into the empty directory ``dst``, tensor by tensor.
 

@@ -20,15 +20,13 @@ from edgedistill.calibration import Ids
 from edgedistill.decoder_forward import HALVES, BlockWeights, DecoderForward, Half
 from edgedistill.errors import InputError
 from edgedistill.gptq import Gptq, GptqSettings, Inputs
+from edgedistill.gptq_cost import HELD_BYTES
 from edgedistill.gptq_polish import FloatArray
-from edgedistill.grid_choice import MatrixGrids
 from edgedistill.progress import progress_bar
 from edgedistill.quantized import Grid, QTensor
 from edgedistill.stages.quantize_rtn import round_to_grid
 from edgedistill.student import Student, StudentWriter
 
-# Hidden states of up to this size lie in memory, larger ones in a mapped file.
-HELD_BYTES = 256 * 1024 * 1024
 BATCH_TOKENS = 2048
 
 
@@ -36,8 +34,10 @@ def quantize_student(
     student: Student,
     dst: Path,
     ids: Sequence[Ids],
-    choice: MatrixGrids,
+    grid_of: Callable[[str], Grid],
     settings: GptqSettings | None = None,
+    *,
+    label: str,
 ) -> None:
     """Write a quantized student: its blocks by GPTQ, embedding and head by rounding to nearest.
 
@@ -45,28 +45,25 @@ def quantize_student(
         student: not quantized.
         dst: an empty directory; hidden states that memory should not hold lie there meanwhile.
         ids: the calibration text, sequences of one length, int64 [tokens] each.
-        choice: the grids.
+        grid_of: the grid of a matrix, by the name of its tensor.
         settings: the ingredients; default: the best.
+        label: what the progress is called.
 
     Raises:
         InputError: a weight is not finite, or too large for its grid.
         StageError: the hidden states are not finite.
     """
     facts = student.facts
-
-    def grid_of(name: str) -> Grid:
-        return choice.grid_of(name, facts)
-
     matrices = facts.matrices()
     with (
         StudentWriter(dst, student) as writer,
         tempfile.TemporaryDirectory(prefix=".hidden-", dir=dst) as scratch,
-        progress_bar(len(matrices), f"GPTQ to {choice.bits} bits") as bar,
+        progress_bar(len(matrices), label) as bar,
     ):
         for name in sorted(set(student.names()) - set(matrices)):
-            writer.write(name, _finite(student, name))
+            writer.write(name, read_finite(student, name))
         for name in dict.fromkeys([facts.head, facts.embedding]):
-            quantized = round_to_grid(_finite(student, name), grid_of(name))
+            quantized = round_to_grid(read_finite(student, name), grid_of(name))
             writer.write(name, quantized)
             bar.advance()
         settings = settings or GptqSettings()
@@ -141,7 +138,7 @@ class _Walk:
     ) -> None:
         self.forward = DecoderForward(student)
         self._facts = student.facts
-        self._batches = _batches(*ids.shape)
+        self._batches = token_batches(*ids.shape)
         if not settings.sequential:
             embedding = student.read(self._facts.embedding)
         self._stream = _Stream(self.forward, ids, embedding, scratch / "calibrated")
@@ -193,8 +190,8 @@ class _Stream:
         facts = forward.facts
         self._forward = forward
         wide = max(facts.heads * facts.head_dim, facts.ffn_size)
-        self._hidden = _array((*ids.shape, facts.hidden_size), scratch.with_suffix(".hidden"))
-        self._inner = _array((*ids.shape, wide), scratch.with_suffix(".inner"))
+        self._hidden = mapped_array((*ids.shape, facts.hidden_size), scratch.with_suffix(".hidden"))
+        self._inner = mapped_array((*ids.shape, wide), scratch.with_suffix(".inner"))
         for sequence, tokens in enumerate(ids):
             self._hidden[sequence] = embedding[tokens]
 
@@ -248,12 +245,18 @@ class _Moments:
         return Inputs((self._hessian / self._count).numpy(), drift, residual)
 
 
-def _batches(sequences: int, tokens: int) -> list[slice]:
-    step = max(1, BATCH_TOKENS // tokens)
+def token_batches(sequences: int, tokens: int, most: int = BATCH_TOKENS) -> list[slice]:
+    """Which sequences go through a block at once: ``most`` tokens, but always a whole sequence."""
+    step = max(1, most // tokens)
     return [slice(start, start + step) for start in range(0, sequences, step)]
 
 
-def _finite(student: Student, name: str) -> FloatArray:
+def read_finite(student: Student, name: str) -> FloatArray:
+    """A tensor as float32.
+
+    Raises:
+        InputError: a value is not finite.
+    """
     values = student.read(name)
     _refuse_infinite(values, name, student)
     return values
@@ -264,7 +267,7 @@ def _refuse_infinite(values: FloatArray, name: str, student: Student) -> None:
         raise InputError(f"{name} holds values that are not finite", where=str(student.path))
 
 
-def _array(shape: tuple[int, ...], file: Path) -> npt.NDArray[np.float32]:
+def mapped_array(shape: tuple[int, ...], file: Path) -> npt.NDArray[np.float32]:
     """Zeros in memory, or in a mapped file where they are many."""
     if 4 * np.prod(shape) <= HELD_BYTES:
         return np.zeros(shape, dtype=np.float32)

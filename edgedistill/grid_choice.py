@@ -56,6 +56,10 @@ class MatrixGrids(GridChoice):
         """The distinct grids in use."""
         return list(dict.fromkeys(self.grid_of(name, facts) for name in facts.matrices()))
 
+    def expected_grids(self, name: str, facts: DecoderFacts) -> dict[Grid, float]:
+        """The one grid that the matrix ``name`` goes on."""
+        return {self.grid_of(name, facts): 1.0}
+
     def problems(self, facts: DecoderFacts, quantized: bool) -> list[str]:
         """A student that is quantized already; rows that groups do not divide."""
         if quantized:

@@ -97,12 +97,19 @@ def run_block(decoder: DecoderForward, layer: int, hidden: Tensor) -> Tensor:
 
 
 class Head:
-    """A student's final norm and output matrix, held in memory."""
+    """A student's final norm and output matrix, held in memory.
 
-    def __init__(self, student: Student) -> None:
+    Args:
+        student: whose they are.
+        matrix: float32 [vocab, hidden], in the place of its own.
+    """
+
+    def __init__(self, student: Student, matrix: npt.NDArray[np.float32] | None = None) -> None:
         facts = student.facts
         self._norm = torch.from_numpy(student.read(facts.final_norm))
-        self._matrix = torch.from_numpy(student.read(facts.head))
+        if matrix is None:
+            matrix = student.read(facts.head)
+        self._matrix = torch.from_numpy(matrix)
         self._eps = facts.norm_eps
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from onnx import TensorProto
 
 from edgedistill.errors import InputError
 from edgedistill.onnx_graph import MICROSOFT, OnnxGraph
+from edgedistill.onnx_layout import stores_zeros
 from edgedistill.onnx_package import FIRST_LOGIT, SHIPPED_ACCURACY_LEVEL
 from edgedistill.progress import track
 from edgedistill.quantized import QTensor, pack_codes
@@ -174,9 +175,8 @@ class _Decoder:
     def _scales_and_zeros(self, name: str, tensor: QTensor) -> list[str]:
         """Scales float32 [rows, groups]; zeros packed by row, left out where ORT assumes them."""
         parts = [self._graph.weight(f"{name}.scales", tensor.scales.astype(np.float32))]
-        grid = tensor.grid
-        if grid.zero == "integer" or grid.fixed_zero != 1 << (grid.bits - 1):
-            zeros = pack_codes(tensor.zero_points(), grid.bits)
+        if stores_zeros(tensor.grid):
+            zeros = pack_codes(tensor.zero_points(), tensor.grid.bits)
             parts.append(self._graph.weight(f"{name}.zeros", zeros))
         return parts
 

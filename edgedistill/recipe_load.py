@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -90,7 +90,7 @@ def load_recipe(path: Path, student: str | None = None) -> LoadedRecipe:
     problems += [_invalid(document, error) for error in errors]
     source, facts = None, None
     if recipe is not None:
-        recipe = _with_waivers(_absolute(recipe, path.parent), path)
+        recipe = _with_formats(_with_waivers(_absolute(recipe, path.parent), path))
         findings = check_paths(recipe)
         if not findings:
             source, facts, student_problems = _open_student(recipe, document)
@@ -116,6 +116,18 @@ def _with_waivers(recipe: Recipe, path: Path) -> Recipe:
     return recipe.model_copy(update={"waivers": waivers_beside(path.absolute())})
 
 
+def _with_formats(recipe: Recipe) -> Recipe:
+    """The recipe with the formats of each rung in the stages that go by their layouts."""
+
+    def formats_in(steps: Iterable[StageStep], formats: Iterable[str]) -> tuple[StageStep, ...]:
+        return tuple(_with_fields(step, {"formats": tuple(formats)}) for step in steps)
+
+    everywhere = dict.fromkeys(f for rung in recipe.rungs for f in recipe.formats_of(rung))
+    rungs = {n: formats_in(steps, recipe.formats_of(n)) for n, steps in recipe.rungs.items()}
+    stages = formats_in(recipe.stages, everywhere)
+    return recipe.model_copy(update={"stages": stages, "rungs": rungs})
+
+
 def _with_shared_fields(recipe: Recipe) -> Recipe:
     """The recipe with its calibration and chat in the stages that take them.
 
@@ -130,9 +142,14 @@ def _with_shared_fields(recipe: Recipe) -> Recipe:
 
 
 def _with_shared(step: StageStep, recipe: Recipe) -> StageStep:
+    stated = [name for name in SHARED_FIELDS if name in recipe.model_fields_set]
+    return _with_fields(step, {name: getattr(recipe, name) for name in stated})
+
+
+def _with_fields(step: StageStep, values: Mapping[str, Any]) -> StageStep:
+    """The step with those of the values that its stage takes and does not state itself."""
     missing = type(step.config).model_fields.keys() - step.config.model_fields_set
-    stated = [n for n in SHARED_FIELDS if n in missing and n in recipe.model_fields_set]
-    fields = {name: getattr(recipe, name) for name in stated}
+    fields = {name: value for name, value in values.items() if name in missing}
     return step.model_copy(update={"config": step.config.model_copy(update=fields)})
 
 

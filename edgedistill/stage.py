@@ -109,3 +109,20 @@ class Stage(BaseModel, ABC):
     def grids(self, facts: DecoderFacts) -> list[Grid]:
         """The grids that this stage puts weights on; empty when it does not quantize."""
         return []
+
+    def expected_grids(self, name: str, facts: DecoderFacts) -> dict[Grid, float]:
+        """What share of a matrix is likely to lie on which grid, known before any work.
+
+        Args:
+            name: of its tensor.
+            facts: of the student that the stage writes.
+
+        Returns:
+            Grid -> share, of sum 1; empty when the stage does not quantize.
+        """
+        return {}
+
+    @property
+    def formats_read(self) -> tuple[str, ...]:
+        """Formats whose layouts decide what the stage does: their code is part of its key."""
+        return ()

@@ -69,8 +69,10 @@ class RunStage(Task):
         self.stage_config().run_beside(inputs["student"], dst, teacher=teacher, work=work)
 
     def plugins(self) -> list[tuple[Kind, str]]:
-        """The stage."""
-        return [("stages", self.stage)]
+        """The stage, and the formats whose layouts it goes by."""
+        formats = self.stage_config().formats_read
+        found: list[tuple[Kind, str]] = [("stages", self.stage)]
+        return found + [("exporters", name) for name in formats]
 
     def fingerprint(self, hashes: ContentHashes) -> dict[str, Any]:
         """The stage's fields with its defaults, the files that it names as hashes."""

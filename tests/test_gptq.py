@@ -17,6 +17,7 @@ from edgedistill.calibration import Calibration, calibration_ids
 from edgedistill.chat import Chat
 from edgedistill.errors import InputError, StageError
 from edgedistill.gptq import Gptq, GptqSettings, Inputs, Order, column_order
+from edgedistill.gptq_cost import HELD_BYTES
 from edgedistill.gptq_polish import polish, refit_scales
 from edgedistill.gptq_student import quantize_student
 from edgedistill.grid_choice import GridChoice, MatrixGrids
@@ -257,7 +258,11 @@ def test_a_student_is_nearer_in_sequence_and_nearer_still_when_errors_are_undone
     ids = calibration_ids(source, seen, Chat())
     unseen = seen.model_copy(update={"seed": 1, "tokens": 1024})
     held_out = calibration_ids(source, unseen, Chat())
-    choice = MatrixGrids(bits=2)
+    choice, student = MatrixGrids(bits=2), Student(source)
+
+    def grid_of(name: str) -> Grid:
+        return choice.grid_of(name, student.facts)
+
     own = dequantized_logits(source, held_out, tmp_path / "own")
 
     def kl(name: str, run: Callable[[Path], None]) -> float:
@@ -270,7 +275,11 @@ def test_a_student_is_nearer_in_sequence_and_nearer_still_when_errors_are_undone
 
     def gptq(name: str, **changes: Any) -> float:
         settings = replace(GptqSettings(compensation=0.0), **changes)
-        return kl(name, lambda dst: quantize_student(Student(source), dst, ids, choice, settings))
+
+        def run(dst: Path) -> None:
+            quantize_student(student, dst, ids, grid_of, settings, label=name)
+
+        return kl(name, run)
 
     apart, after = gptq("apart", sequential=False), gptq("after")
     assert apart < 0.9 * rounding
@@ -299,7 +308,7 @@ def test_two_runs_and_hidden_states_in_files_give_the_same_bytes(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = []
-    for number, held_bytes in enumerate([gptq_student.HELD_BYTES, gptq_student.HELD_BYTES, 0]):
+    for number, held_bytes in enumerate([HELD_BYTES, HELD_BYTES, 0]):
         monkeypatch.setattr(gptq_student, "HELD_BYTES", held_bytes)
         dst = tmp_path / str(number)
         dst.mkdir()
@@ -355,3 +364,15 @@ def test_weights_that_are_not_finite_are_refused(tiny: Tiny, tmp_path: Path) -> 
             writer.write(name, values)
     with pytest.raises(InputError, match=r"1\.mlp\.up_proj"):
         QuantizeGptq(bits=8).run(broken, out)
+
+
+def test_plan_knows_what_a_long_text_takes_and_what_it_does_not(tiny: Tiny) -> None:
+    """States of any length lie in files beyond a bound; time goes on growing."""
+    facts = Student(tiny("llama")).facts
+    costs = [
+        QuantizeGptq(bits=4, calibration=Calibration(tokens=tokens)).cost(facts)
+        for tokens in (4096, 65536, 10**8, 10**9)
+    ]
+    assert costs[0].held_bytes < costs[1].held_bytes < costs[2].held_bytes
+    assert costs[2].held_bytes == costs[3].held_bytes
+    assert costs[3].forward_tokens == pytest.approx(10 * costs[2].forward_tokens)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import shutil
 import uuid
 from hashlib import sha256
@@ -35,6 +36,16 @@ class Coreml(Exporter):
     def holds(self, grid: Grid) -> bool:
         """Every grid of 2, 4 and 8 bits, with fixed and with integer zeros."""
         return grid.bits in (2, 4, 8)
+
+    def stored_bytes(self, shape: tuple[int, ...], grid: Grid | None) -> int:
+        """Codes, float16 scales, zeros as wide as codes; float16 of all else."""
+        weights = math.prod(shape)
+        if grid is None:
+            return 2 * weights
+        groups = weights // grid.group_size
+        zeros = -(-groups * grid.bits // 8) if grid.zero == "integer" else 0
+        table = 4 if grid.bits == 2 else 0
+        return -(-weights * grid.bits // 8) + 2 * groups + zeros + table
 
     def export(self, student: Student, dst: Path, *, context_tokens: int) -> None:
         """Write ``model.mlpackage`` with tokenizer, chat template and configs beside it.

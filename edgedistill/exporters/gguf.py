@@ -6,6 +6,7 @@ architecture wants: llama.cpp's src/llama-arch.cpp and src/llama-model.cpp.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -42,6 +43,11 @@ class Gguf(Exporter):
     def holds(self, grid: Grid) -> bool:
         """8 and 4 bits in groups of 32, 2 bits in groups of 64; integer zeros at 4 bits alone."""
         return grid in LAYOUTS
+
+    def stored_bytes(self, shape: tuple[int, ...], grid: Grid | None) -> int:
+        """Whole blocks; F16 of a matrix without a grid, F32 of a vector."""
+        layout = LAYOUTS[grid] if grid else F16 if len(shape) == 2 else F32
+        return math.prod(shape) // layout.block * layout.block_bytes
 
     def export(self, student: Student, dst: Path, *, context_tokens: int) -> None:
         """Write ``model.gguf``; tied embeddings are stored once, llama.cpp ties them by itself."""

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from edgedistill.errors import InputError
 from edgedistill.exporter import Exporter
+from edgedistill.onnx_layout import stored_bytes
 from edgedistill.onnx_package import MODEL_FILE, not_installed, write_package
 from edgedistill.quantized import Grid
 from edgedistill.student import Student
@@ -26,6 +27,10 @@ class Onnx(Exporter):
     def holds(self, grid: Grid) -> bool:
         """Groups of 16, 32, 64, …: what ``MatMulNBits`` takes; all bits and zeros of a grid."""
         return grid.group_size >= 16 and grid.group_size.bit_count() == 1
+
+    def stored_bytes(self, shape: tuple[int, ...], grid: Grid | None) -> int:
+        """Codes, float32 scales and zeros; float32 of all else."""
+        return stored_bytes(shape, grid)
 
     def export(self, student: Student, dst: Path, *, context_tokens: int) -> None:
         """Write the graph, its weights, and the package files around them.

@@ -10,8 +10,11 @@ from pathlib import Path
 
 from edgedistill.calibration import Calibration, calibration_ids
 from edgedistill.chat import Chat
+from edgedistill.decoder import DecoderFacts
+from edgedistill.gptq_cost import gptq_cost
 from edgedistill.grid_choice import MatrixGrids
-from edgedistill.stage import Stage
+from edgedistill.quantized import Grid
+from edgedistill.stage import Stage, StageCost
 from edgedistill.student import Student
 
 
@@ -31,4 +34,14 @@ class QuantizeGptq(MatrixGrids, Stage):
         from edgedistill.gptq_student import quantize_student
 
         ids = calibration_ids(src, self.calibration, self.chat)
-        quantize_student(Student(src), dst, ids, self)
+        student = Student(src)
+        facts = student.facts
+
+        def grid_of(name: str) -> Grid:
+            return self.grid_of(name, facts)
+
+        quantize_student(student, dst, ids, grid_of, label=f"GPTQ to {self.bits} bits")
+
+    def cost(self, facts: DecoderFacts) -> StageCost:
+        """The student as it was and the calibrated one, each half of a block run again."""
+        return gptq_cost(facts, self.calibration.tokens)

@@ -1,0 +1,22 @@
+"""What a matrix takes in an ONNX file: the layout of ``MatMulNBits``, without the onnx package."""
+
+from __future__ import annotations
+
+import math
+
+from edgedistill.quantized import Grid
+
+
+def stores_zeros(grid: Grid) -> bool:
+    """Whether zero points are written; where they are not, ORT assumes ``2^(bits - 1)``."""
+    return grid.zero == "integer" or grid.fixed_zero != 1 << (grid.bits - 1)
+
+
+def stored_bytes(shape: tuple[int, ...], grid: Grid | None) -> int:
+    """Bytes of a tensor: codes, float32 scales, zeros packed by row; float32 without a grid."""
+    if grid is None:
+        return 4 * math.prod(shape)
+    rows, columns = shape
+    groups = columns // grid.group_size
+    zeros = -(-groups * grid.bits // 8) if stores_zeros(grid) else 0
+    return rows * (columns * grid.bits // 8 + 4 * groups + zeros)
