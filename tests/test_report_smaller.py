@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from edgedistill.allocation_results import AllocatedMatrix, Allocation, StepUp
 from edgedistill.healing_results import Healing, HealingPoint
 from edgedistill.pruning_results import DomainLoss, DroppedSet, Pruning, TriedBlock
 from edgedistill.report.markdown import render_markdown
 from edgedistill.report.page import render_page
-from edgedistill.report.smaller import rung_sentences, speed_ups
+from edgedistill.report.smaller import allocation_rows, rung_sentences, speed_ups
 from edgedistill.results import BuildReport
 from edgedistill.rung_results import RungReport
 from tests.built_report import build_report
@@ -47,9 +48,40 @@ HEALING = Healing(
 )
 
 
+MATRICES = [
+    AllocatedMatrix(
+        tensor=name,
+        grid=f"int{bits} group 32 (fixed zero)",
+        bits=bits,
+        stored_bytes=bits * 45_056,
+        loss=0.031 / bits,
+        basis="predicted",
+        step_up=StepUp(
+            grid="int8 group 32 (fixed zero)", more_bytes=9, gain=0.0071, gain_per_byte=8e-4
+        ),
+    )
+    for name, bits in (
+        ("model.embed_tokens.weight", 8),
+        ("model.layers.0.self_attn.q_proj.weight", 2),
+        ("model.layers.0.mlp.down_proj.weight", 4),
+        ("model.layers.10.self_attn.q_proj.weight", 4),
+        ("model.layers.10.mlp.down_proj.weight", 8),
+    )
+]
+ALLOCATION = Allocation(
+    formats=["gguf", "onnx"],
+    target_bytes=60_500_000,
+    total_bytes=60_412_928,
+    weights=134_515_008,
+    bits_per_weight=3.593,
+    loss=0.191,
+    matrices=MATRICES,
+)
+
+
 @pytest.fixture
 def report() -> BuildReport:
-    rung = RungReport(rung="int4", prunings=[PRUNING], healings=[HEALING])
+    rung = RungReport(rung="int4", prunings=[PRUNING], healings=[HEALING], allocations=[ALLOCATION])
     return build_report().model_copy(update={"rungs": [rung]})
 
 
@@ -89,3 +121,20 @@ def test_the_curve_marks_the_weights_that_were_kept(report: BuildReport) -> None
 
 def test_a_build_without_pruning_says_nothing_of_it() -> None:
     assert "made smaller?" not in render_page(build_report())
+
+
+def test_who_got_which_bits_is_shown_block_by_block(report: BuildReport) -> None:
+    rows = {
+        r.name: [m.bits if m else None for m in r.matrices] for r in allocation_rows(ALLOCATION)
+    }
+    assert rows == {
+        "self_attn.q_proj": [2, 4],
+        "mlp.down_proj": [4, 8],
+        "model.embed_tokens.weight": [8],
+    }
+    page = render_page(report)
+    said = "\n".join(rung_sentences(report, report.rungs[0]))
+    assert "3.59 bits per weight, 60.4 of 60.5 MB" in said
+    assert "2 on 4 bits" in said
+    assert page.count('class="bits-4"') == 2
+    assert "would give 0.0071 back for 9 bytes" in page

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from edgedistill.report import pictures, words
 from edgedistill.report.confidence import reliability_picture, router_picture
 from edgedistill.report.divergence import divergence_by_text
-from edgedistill.report.smaller import healing_picture, rung_sentences
+from edgedistill.report.smaller import allocation_rows, healing_picture, rung_sentences
 from edgedistill.results import (
     ArtifactReport,
     BuildReport,
@@ -49,6 +49,7 @@ def render_page(report: BuildReport) -> str:
         reliability_picture=_marked(reliability_picture),
         router_picture=_marked(router_picture),
         rung_sentences=lambda rung: rung_sentences(report, rung),
+        allocation_rows=allocation_rows,
         healing_picture=_marked(healing_picture),
         find_artifact=lambda rung, form: _find_artifact(report, rung, form),
         tones=words.VERDICT_TONES,

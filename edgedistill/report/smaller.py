@@ -1,11 +1,13 @@
-"""How each rung was made smaller: what was taken out, how it healed, what speed that gave."""
+"""How each rung was made smaller: what was taken out, how it healed, which bits went where."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from edgedistill.allocation_results import AllocatedMatrix, Allocation
 from edgedistill.healing_results import Healing
 from edgedistill.pruning_results import Pruning
 from edgedistill.report import words
@@ -13,6 +15,8 @@ from edgedistill.report.svg import Canvas, Scale, nice_ticks
 from edgedistill.results import ArtifactReport, BuildReport
 from edgedistill.rung_results import RungReport
 
+# The number of a block in a tensor's name.
+_BLOCK = re.compile(r"\.(\d+)\.")
 WIDTH, HEIGHT = 430.0, 240.0
 LEFT, TOP, RIGHT, BOTTOM = 52.0, 48.0, WIDTH - 24.0, HEIGHT - 46.0
 
@@ -98,10 +102,54 @@ def healing_sentence(healing: Healing) -> str:
     )
 
 
+def allocation_sentence(allocation: Allocation) -> str:
+    """How the bytes of a target were given out."""
+    widths = sorted({matrix.bits for matrix in allocation.matrices})
+    shares = []
+    for bits in widths:
+        of_width = [matrix for matrix in allocation.matrices if matrix.bits == bits]
+        taken = sum(matrix.stored_bytes for matrix in of_width)
+        shares.append(f"{len(of_width)} on {bits} bits ({words.megabytes(taken)} MB)")
+    return (
+        f"Mixed bits: {allocation.bits_per_weight:.2f} bits per weight, "
+        f"{words.megabytes(allocation.total_bytes)} of {words.megabytes(allocation.target_bytes)} "
+        f"MB in the fullest of {', '.join(allocation.formats)}; of {len(allocation.matrices)} "
+        f"matrices {', '.join(shares)}."
+    )
+
+
+@dataclass(frozen=True)
+class AllocationRow:
+    """The same matrix in every block; None where a block has none, or it is in no block."""
+
+    name: str
+    matrices: tuple[AllocatedMatrix | None, ...]
+
+
+def allocation_rows(allocation: Allocation) -> list[AllocationRow]:
+    """A row for each kind of matrix, a column for each block; embedding and head by themselves."""
+    places = [_BLOCK.search(matrix.tensor) for matrix in allocation.matrices]
+    blocks = sorted({int(place[1]) for place in places if place})
+    rows: dict[str, dict[int, AllocatedMatrix]] = {}
+    alone = []
+    for matrix, place in zip(allocation.matrices, places, strict=True):
+        if place is None:
+            alone.append(AllocationRow(matrix.tensor, (matrix,)))
+        else:
+            kind = matrix.tensor[place.end() :].removesuffix(".weight")
+            rows.setdefault(kind, {})[int(place[1])] = matrix
+    in_blocks = [
+        AllocationRow(kind, tuple(of_kind.get(block) for block in blocks))
+        for kind, of_kind in rows.items()
+    ]
+    return in_blocks + alone
+
+
 def rung_sentences(report: BuildReport, rung: RungReport) -> list[str]:
     """Everything that is said of a rung, in the order in which it was done."""
     sentences = [line for pruning in rung.prunings for line in pruning_sentences(pruning)]
     sentences += [healing_sentence(healing) for healing in rung.healings]
+    sentences += [allocation_sentence(allocation) for allocation in rung.allocations]
     measured = [str(speed_up) for speed_up in speed_ups(report, rung)]
     return [*sentences, f"Measured: {'; '.join(measured)}."] if measured else sentences
 
