@@ -5,10 +5,8 @@ stdout is data, stderr is talk.  Whatever costs time to import is imported insid
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
@@ -16,7 +14,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgedistill import __version__
-from edgedistill.errors import EdgedistillError, ExitCode, RecipeError
+from edgedistill.cli_options import (
+    CacheOption,
+    ExportsOption,
+    JsonOption,
+    OnlyOption,
+    RecipePath,
+    StudentOption,
+    default_cache,
+    run_command,
+)
+from edgedistill.errors import ExitCode
+from edgedistill.search.command import search
 
 if TYPE_CHECKING:
     from edgedistill.build import Options
@@ -32,23 +41,7 @@ app = typer.Typer(
 
 suite_app = typer.Typer(help="Make evaluation suites.", no_args_is_help=True)
 app.add_typer(suite_app, name="suite")
-
-RecipePath = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", metavar="RECIPE")]
-StudentOption = Annotated[
-    str | None, typer.Option("--student", help="Start from this student instead.", metavar="DIR")
-]
-ExportsOption = Annotated[
-    Path, typer.Option("--exports", help="Where artifacts and report go.", metavar="DIR")
-]
-CacheOption = Annotated[
-    Path | None,
-    typer.Option("--cache", help="Default: $XDG_CACHE_HOME/edgedistill.", metavar="DIR"),
-]
-OnlyOption = Annotated[
-    list[str] | None,
-    typer.Option("--only", help="Only this part; may be repeated.", metavar="RUNG[/FORMAT]"),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+app.command()(search)
 
 
 def main() -> None:
@@ -94,7 +87,7 @@ def build(
             Console().print(render_table(report, page))
         return report.exit_code
 
-    _run(run)
+    run_command(run)
 
 
 @app.command()
@@ -114,7 +107,7 @@ def plan(
         typer.echo(found.model_dump_json(indent=2) if as_json else "\n".join(describe(found)))
         return ExitCode.OK
 
-    _run(run)
+    run_command(run)
 
 
 @app.command()
@@ -128,7 +121,7 @@ def check(recipe: RecipePath, student: StudentOption = None) -> None:
         typer.echo(f"{recipe}: {loaded.recipe.name} is in order", err=True)
         return ExitCode.OK
 
-    _run(run)
+    run_command(run)
 
 
 @app.command()
@@ -144,7 +137,7 @@ def dequantize(
         dequantize_student(source, destination)
         return ExitCode.OK
 
-    _run(run)
+    run_command(run)
 
 
 @app.command()
@@ -180,7 +173,7 @@ def approve(
         typer.echo(f"added to {path}; commit it, and build again", err=True)
         return ExitCode.OK
 
-    _run(run)
+    run_command(run)
 
 
 @app.command()
@@ -195,7 +188,7 @@ def schema() -> None:
         typer.echo(json.dumps(json_schema(), indent=2))
         return ExitCode.OK
 
-    _run(run)
+    run_command(run)
 
 
 @app.command()
@@ -222,7 +215,7 @@ def verify(
         verifier = Verifier((cache or default_cache()).absolute(), threads)
         return show(verifier.recheck(paths, against), page, as_json=as_json)
 
-    _run(run)
+    run_command(run)
 
 
 @app.command()
@@ -271,7 +264,7 @@ def evaluate(
             Console(width=width).print(render_evaluation(outcome.evaluation, str(artifact)))
         return outcome.code
 
-    _run(run)
+    run_command(run)
 
 
 @suite_app.command("from-logs")
@@ -295,7 +288,7 @@ def suite_from_logs(
             typer.echo("\n".join(describe(summary)), err=True)
         return ExitCode.OK
 
-    _run(run)
+    run_command(run)
 
 
 def _options(
@@ -317,40 +310,6 @@ def _options(
         only=tuple(only or ()),
         rebench=rebench,
     )
-
-
-def default_cache() -> Path:
-    """``$XDG_CACHE_HOME/edgedistill``, which is ``~/.cache/edgedistill`` for most."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "edgedistill"
-
-
-def _run(command: Callable[[], int]) -> None:
-    """Carry out a command; errors become one message on stderr and an exit code."""
-    try:
-        code = command()
-    except RecipeError as error:
-        _say(f"error: {error.message}")
-        code = error.exit_code
-    except EdgedistillError as error:
-        _say(f"error: {error}")
-        code = error.exit_code
-    except BrokenPipeError:
-        raise
-    except OSError as error:  # a name that is too long, a place that may not be looked at
-        from edgedistill.disk import disk_error
-
-        refused = disk_error(error, Path.cwd())
-        _say(f"error: {refused}")
-        code = refused.exit_code
-    except KeyboardInterrupt:
-        _say("interrupted; finished steps are kept, the same command goes on from there")
-        code = ExitCode.INTERRUPTED
-    raise typer.Exit(int(code))
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(text + "\n")
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
