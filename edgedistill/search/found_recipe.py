@@ -156,7 +156,9 @@ def flow(value: Any) -> str:
 def _scalar(value: Any) -> str:
     if isinstance(value, str) and _WORD.fullmatch(value) and value.lower() not in _NOT_WORDS:
         return value
-    return json.dumps(value, ensure_ascii=False)
+    text = json.dumps(value, ensure_ascii=False)
+    # YAML wants these escaped, JSON does not.
+    return "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in text)
 
 
 def _end(node: yaml.Node) -> int:
