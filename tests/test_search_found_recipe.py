@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgedistill.errors import UsageError
@@ -112,6 +112,7 @@ Values = st.recursive(
 
 
 @given(Values)
+@settings(deadline=None)
 def test_what_is_written_on_one_line_is_read_back(
     tmp_path_factory: pytest.TempPathFactory, value: Any
 ) -> None:
