@@ -1,4 +1,4 @@
-"""A whole search on a tiny student, with the real pipeline, and what a build makes of its recipe."""
+"""A whole search on a tiny student in the real pipeline, and a build of what it found."""
 
 from __future__ import annotations
 
