@@ -154,6 +154,22 @@ def test_if_nothing_passes_the_code_is_that_of_a_build_and_no_recipe_is_written(
     assert strict.with_name("strict.search.json").exists()
 
 
+def test_a_winner_fits_every_target_and_not_only_one(searched: Searched) -> None:
+    """The weights alone would fit the watch, the file does not."""
+    won = searched.report.candidates[0]
+    limit_mb = (won.planned_bytes["gguf"] + won.size_bytes["gguf"]) / 2e6
+    two = searched.options.recipe.with_name("two.yaml")
+    watch = f"targets:\n  watch: {{format: gguf, budget: {{file_mb: {limit_mb}}}}}\n"
+    two.write_text(searched.options.recipe.read_text().replace("targets:\n", watch))
+    report = search_recipe(replace(searched.options, recipe=two), lambda _: None)
+    failed = report.candidates[0]
+    assert (failed.name, failed.state) == ("eight", "fails")
+    assert failed.exit_code == ExitCode.BUDGET_NOT_MET
+    assert failed.reason.startswith("watch: over budget: watch: file_mb is ")
+    assert report.winner is None
+    assert report.exit_code == ExitCode.FLOOR_NOT_MET  # int4 fits
+
+
 def test_the_table_names_the_winner_and_the_recipe(searched: Searched) -> None:
     arguments = ["search", str(searched.options.recipe), "--cache", str(searched.options.cache)]
     ran = CliRunner().invoke(app, [*arguments, "--overwrite"])

@@ -114,7 +114,7 @@ class Measurer:
         ships = all(report.shippable for report in reports)
         # Without an error only a budget that nobody could measure makes a build unavailable.
         unmeasured = found.exit_code == ExitCode.UNAVAILABLE
-        passed = complete and (ships or unmeasured)
+        passed = complete and (unmeasured or (ships and found.exit_code == ExitCode.OK))
         return Measured(passed, found.exit_code, _reason(found, errors), reports)
 
     def _verified(self, steps: ArtifactSteps) -> bool:
@@ -142,10 +142,9 @@ def files_only(recipe: Recipe) -> Recipe:
 
 
 def _reason(found: Assembled, errors: list[EdgedistillError]) -> str:
-    """Why an artifact may not ship; with several formats, of the first."""
-    for artifact in found.artifacts:
-        if artifact.report.why_not:
-            several = len(found.artifacts) > 1
-            where = f"{artifact.report.format}: " if several else ""
-            return where + artifact.report.why_not
+    """Why the candidate may not ship; with several targets, to the first of those."""
+    for judgement in found.judgements:
+        if judgement.rung is None:
+            why = judgement.reason.partition(": ")[2]  # behind the name of the only rung
+            return f"{judgement.target}: {why}" if len(found.judgements) > 1 else why
     return errors[0].message.splitlines()[0] if errors else ""
