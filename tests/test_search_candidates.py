@@ -56,14 +56,14 @@ def test_the_cheap_come_first_and_what_is_dear_begins_small(tiny: Tiny, tmp_path
     own = RECIPE + (
         "calibration: {{file: text.txt}}\n"
         "rungs:\n"
-        "  coarse: [quantize_rtn: {{bits: 8, group_size: 64}}]\n"
+        "  zeros: [quantize_rtn: {{bits: 4, zero: integer}}]\n"
         "  dear: [heal: {{tokens: 64}}, quantize_rtn: {{bits: 8}}]\n"
         "  float: []\n"
     )
     (tmp_path / "text.txt").write_text("The quick brown fox. " * 50)
     ordered = find(tmp_path, tiny("llama"), own).open
     names = [c.name for c in ordered]
-    assert names[:5] == ["float", "int8", "coarse", "int4", "int4-gptq"]
+    assert names[:5] == ["float", "int8", "zeros", "int4", "int4-gptq"]
     healed = [c for c in ordered if any("heal" in step for step in c.steps)]
     assert ordered[-len(healed) :] == healed
     assert [c.total_bytes for c in healed] == sorted(c.total_bytes for c in healed)
