@@ -22,7 +22,7 @@ from edgedistill.cli_options import (
     RecipePath,
     StudentOption,
     default_cache,
-    run_command,
+    run_command as _run,
 )
 from edgedistill.errors import ExitCode
 from edgedistill.search.command import search
@@ -87,7 +87,7 @@ def build(
             Console().print(render_table(report, page))
         return report.exit_code
 
-    run_command(run)
+    _run(run)
 
 
 @app.command()
@@ -107,7 +107,7 @@ def plan(
         typer.echo(found.model_dump_json(indent=2) if as_json else "\n".join(describe(found)))
         return ExitCode.OK
 
-    run_command(run)
+    _run(run)
 
 
 @app.command()
@@ -121,7 +121,7 @@ def check(recipe: RecipePath, student: StudentOption = None) -> None:
         typer.echo(f"{recipe}: {loaded.recipe.name} is in order", err=True)
         return ExitCode.OK
 
-    run_command(run)
+    _run(run)
 
 
 @app.command()
@@ -137,7 +137,7 @@ def dequantize(
         dequantize_student(source, destination)
         return ExitCode.OK
 
-    run_command(run)
+    _run(run)
 
 
 @app.command()
@@ -173,7 +173,7 @@ def approve(
         typer.echo(f"added to {path}; commit it, and build again", err=True)
         return ExitCode.OK
 
-    run_command(run)
+    _run(run)
 
 
 @app.command()
@@ -188,7 +188,7 @@ def schema() -> None:
         typer.echo(json.dumps(json_schema(), indent=2))
         return ExitCode.OK
 
-    run_command(run)
+    _run(run)
 
 
 @app.command()
@@ -215,7 +215,7 @@ def verify(
         verifier = Verifier((cache or default_cache()).absolute(), threads)
         return show(verifier.recheck(paths, against), page, as_json=as_json)
 
-    run_command(run)
+    _run(run)
 
 
 @app.command()
@@ -264,7 +264,7 @@ def evaluate(
             Console(width=width).print(render_evaluation(outcome.evaluation, str(artifact)))
         return outcome.code
 
-    run_command(run)
+    _run(run)
 
 
 @suite_app.command("from-logs")
@@ -288,7 +288,7 @@ def suite_from_logs(
             typer.echo("\n".join(describe(summary)), err=True)
         return ExitCode.OK
 
-    run_command(run)
+    _run(run)
 
 
 def _options(

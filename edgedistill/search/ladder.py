@@ -67,7 +67,7 @@ STAGES_BY_COST = (
     "heal",
 )
 
-_HEAL = {"heal": {"tokens": 262144, "passes": 4}}
+_HEAL = {"heal": {"tokens": 131072, "passes": 2}}
 _DEPTH = {"prune_depth": {"layers": OfLayers(0.1)}}
 _WIDTH = {"prune_width": {"ffn_share": 0.75}}
 
@@ -112,7 +112,7 @@ LADDER = (
     Remedy(
         "int2-recovered",
         "2 bits by GPTQ, then recovery",
-        ({"quantize_gptq": {"bits": 2}}, {"recover": {"tokens": 262144}}),
+        ({"quantize_gptq": {"bits": 2}}, {"recover": {"tokens": 131072, "passes": 2}}),
         ("int8", "int4-gptq"),
         reads_text=True,
     ),
