@@ -22,6 +22,8 @@ from edgedistill.cli_options import (
     RecipePath,
     StudentOption,
     default_cache,
+)
+from edgedistill.cli_options import (
     run_command as _run,
 )
 from edgedistill.errors import ExitCode
