@@ -34,6 +34,7 @@ rungs:
   eight: [quantize_rtn: {{bits: 8, embeddings: {{bits: 8}}}}]
 targets:
   phone: {{format: gguf, rungs: [eight], budget: {{file_mb: 1}}}}  # an old one
+  desk: {{format: onnx}}
 suite: suite.jsonl
 floor: {{max_log_score_loss: 0.2, when_underpowered: pass}}
 build: {{threads: 1}}
@@ -84,6 +85,11 @@ def test_the_smallest_that_passes_wins(searched: Searched) -> None:
     assert (searched.report.winner, searched.report.exit_code) == ("eight", ExitCode.OK)
     failed = next(c for c in searched.report.candidates if c.name == "int4")
     assert failed.exit_code == ExitCode.FLOOR_NOT_MET
+    assert [list(c.size_bytes) for c in searched.report.candidates] == [
+        ["gguf", "onnx"],
+        [],
+        ["gguf"],
+    ]
     assert "max_log_score_loss" in failed.reason
     assert failed.slices[0].log_score_loss > 0.2
     assert {s.slice for s in failed.slices} == {"all", "even", "odd"}
@@ -95,8 +101,16 @@ def test_a_search_that_was_stopped_goes_on_where_it_was(searched: Searched) -> N
     done = [line for line in searched.said_first if "eight/gguf: score: " in line]
     assert done
     ran = [line.partition("] ")[2] for line in searched.said if line.startswith("[")]
-    assert {label.partition(":")[0] for label in ran} == {"int4", "int4/gguf", "eight/gguf"}
-    assert all("bench" in label for label in ran if label.startswith("eight"))
+    assert {label.partition(":")[0] for label in ran} == {
+        "int4",
+        "int4/gguf",
+        "eight/gguf",
+        "eight/onnx",
+    }
+    assert all("bench" in label for label in ran if label.startswith("eight/gguf"))
+    # In the other format only the one that would win is run, and last of all.
+    first_onnx = next(i for i, label in enumerate(ran) if "onnx" in label)
+    assert not [label for label in ran[first_onnx:] if label.startswith("int4")]
 
 
 def test_a_build_of_the_found_recipe_runs_nothing_and_ships_the_winner(
@@ -113,7 +127,7 @@ def test_a_build_of_the_found_recipe_runs_nothing_and_ships_the_winner(
     options = Options(found, cache=searched.options.cache, exports=tmp_path / "exports")
     report, _ = build(options, lambda line: pytest.fail(line))
     assert all(step.cached and step.error is None for step in report.steps)
-    assert [j.rung for j in report.judgements] == ["eight"]
+    assert [j.rung for j in report.judgements] == ["eight", "eight"]
     assert report.exit_code == ExitCode.OK
 
 
