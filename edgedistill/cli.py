@@ -5,10 +5,8 @@ stdout is data, stderr is talk.  Whatever costs time to import is imported insid
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
@@ -16,7 +14,20 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgedistill import __version__
-from edgedistill.errors import EdgedistillError, ExitCode, RecipeError
+from edgedistill.cli_options import (
+    CacheOption,
+    ExportsOption,
+    JsonOption,
+    OnlyOption,
+    RecipePath,
+    StudentOption,
+    default_cache,
+)
+from edgedistill.cli_options import (
+    run_command as _run,
+)
+from edgedistill.errors import ExitCode
+from edgedistill.search.command import search
 
 if TYPE_CHECKING:
     from edgedistill.build import Options
@@ -32,23 +43,7 @@ app = typer.Typer(
 
 suite_app = typer.Typer(help="Make evaluation suites.", no_args_is_help=True)
 app.add_typer(suite_app, name="suite")
-
-RecipePath = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", metavar="RECIPE")]
-StudentOption = Annotated[
-    str | None, typer.Option("--student", help="Start from this student instead.", metavar="DIR")
-]
-ExportsOption = Annotated[
-    Path, typer.Option("--exports", help="Where artifacts and report go.", metavar="DIR")
-]
-CacheOption = Annotated[
-    Path | None,
-    typer.Option("--cache", help="Default: $XDG_CACHE_HOME/edgedistill.", metavar="DIR"),
-]
-OnlyOption = Annotated[
-    list[str] | None,
-    typer.Option("--only", help="Only this part; may be repeated.", metavar="RUNG[/FORMAT]"),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+app.command()(search)
 
 
 def main() -> None:
@@ -317,40 +312,6 @@ def _options(
         only=tuple(only or ()),
         rebench=rebench,
     )
-
-
-def default_cache() -> Path:
-    """``$XDG_CACHE_HOME/edgedistill``, which is ``~/.cache/edgedistill`` for most."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "edgedistill"
-
-
-def _run(command: Callable[[], int]) -> None:
-    """Carry out a command; errors become one message on stderr and an exit code."""
-    try:
-        code = command()
-    except RecipeError as error:
-        _say(f"error: {error.message}")
-        code = error.exit_code
-    except EdgedistillError as error:
-        _say(f"error: {error}")
-        code = error.exit_code
-    except BrokenPipeError:
-        raise
-    except OSError as error:  # a name that is too long, a place that may not be looked at
-        from edgedistill.disk import disk_error
-
-        refused = disk_error(error, Path.cwd())
-        _say(f"error: {refused}")
-        code = refused.exit_code
-    except KeyboardInterrupt:
-        _say("interrupted; finished steps are kept, the same command goes on from there")
-        code = ExitCode.INTERRUPTED
-    raise typer.Exit(int(code))
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(text + "\n")
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

@@ -107,15 +107,8 @@ def preview(options: Options) -> PlanReport:
     recipe, facts = prepared.recipe, prepared.facts
     cases = count_cases(recipe.suite)
     clauses, spread_from = _power(prepared, cache)
-    artifacts = [
-        _artifact(prepared, a.rung, a.format, min(cases, a.sample or cases))
-        for a in prepared.steps.artifacts
-    ]
-    estimate = _Estimate(prepared, artifacts, cases)
-    steps = [
-        _planned(step, None if step.fresh else cache.find(step.key), estimate)
-        for step in prepared.steps.ordered()
-    ]
+    artifacts = plan_artifacts(prepared, cases)
+    steps = plan_steps(prepared, artifacts, cases, cache)
     return PlanReport(
         recipe=recipe.name,
         parameters=facts.parameters,
@@ -130,6 +123,25 @@ def preview(options: Options) -> PlanReport:
         spread_from=spread_from,
         floor_lowered=find_lowered(recipe, options.exports),
     )
+
+
+def plan_artifacts(prepared: Prepared, cases: int) -> list[PlannedArtifact]:
+    """Sizes and minutes of all artifacts, by arithmetic; ``cases`` is the number in the suite."""
+    return [
+        _artifact(prepared, a.rung, a.format, min(cases, a.sample or cases))
+        for a in prepared.steps.artifacts
+    ]
+
+
+def plan_steps(
+    prepared: Prepared, artifacts: list[PlannedArtifact], cases: int, cache: Cache
+) -> list[PlannedStep]:
+    """All steps, each with what it took if the cache has it, or else is expected to take."""
+    estimate = _Estimate(prepared, artifacts, cases)
+    return [
+        _planned(step, None if step.fresh else cache.find(step.key), estimate)
+        for step in prepared.steps.ordered()
+    ]
 
 
 def describe(plan: PlanReport) -> Iterator[str]:

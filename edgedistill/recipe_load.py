@@ -42,12 +42,14 @@ class LoadedRecipe:
         path: of the YAML.
         student: the directory or file that it starts from; None until a hub model is fetched.
         facts: of that student; None likewise.
+        tried: whether its rungs are somebody else's, who looks at what is wrong with each.
     """
 
     recipe: Recipe
     path: Path
     student: Path | None
     facts: DecoderFacts | None
+    tried: bool = False
 
     def fetched(self) -> tuple[Path, DecoderFacts]:
         """Student and facts, after a download where one is needed.
@@ -61,18 +63,22 @@ class LoadedRecipe:
         student = resolve_student(self.recipe.student, self.path.parent)
         facts = read_facts(student)
         document = read_yaml(self.path)
-        problems = [_problem(document, f) for f in check_recipe(self.recipe, facts)]
+        problems = [_problem(document, f) for f in _findings(self.recipe, facts, self.tried)]
         if problems:
             raise RecipeError(problems)
         return student, facts
 
 
-def load_recipe(path: Path, student: str | None = None) -> LoadedRecipe:
+def load_recipe(
+    path: Path, student: str | None = None, rungs: Mapping[str, Any] | None = None
+) -> LoadedRecipe:
     """Read and check a recipe.
 
     Args:
         path: of the YAML; paths in it are relative to its directory.
         student: replaces the recipe's own; relative to the working directory.
+        rungs: as the YAML would have them, to be tried instead of the recipe's own in all targets.
+            What makes one of them impossible is then the caller's to find, by ``check_recipe``.
 
     Raises:
         RecipeError: with every problem, each with its line, key, value and a hint.
@@ -86,6 +92,8 @@ def load_recipe(path: Path, student: str | None = None) -> LoadedRecipe:
         raise RecipeError(problems)
     if student is not None:
         data = {**data, "student": student if "://" in student else str(Path(student).absolute())}
+    if rungs is not None:
+        data = _with_rungs(data, rungs)
     recipe, errors = _validate(data)
     problems += [_invalid(document, error) for error in errors]
     source, facts = None, None
@@ -95,11 +103,38 @@ def load_recipe(path: Path, student: str | None = None) -> LoadedRecipe:
         if not findings:
             source, facts, student_problems = _open_student(recipe, document)
             problems += student_problems
-            findings = check_recipe(recipe, facts)
+            findings = _findings(recipe, facts, rungs is not None)
         problems += [_problem(document, finding) for finding in findings]
     if problems or recipe is None:
         raise RecipeError(sorted(problems, key=_line))
-    return LoadedRecipe(_with_shared_fields(recipe), path, source, facts)
+    return LoadedRecipe(_with_shared_fields(recipe), path, source, facts, rungs is not None)
+
+
+def _with_rungs(data: dict[Any, Any], rungs: Mapping[str, Any]) -> dict[Any, Any]:
+    """The data with other rungs, which go to every target."""
+    data = {**data, "rungs": dict(rungs)}
+    targets = data.get("targets")
+    if isinstance(targets, dict):
+        kept = {
+            name: {k: v for k, v in target.items() if k != "rungs"}
+            if isinstance(target, dict)
+            else target
+            for name, target in targets.items()
+        }
+        data["targets"] = kept
+    return data
+
+
+def _findings(recipe: Recipe, facts: DecoderFacts | None, tried: bool) -> list[Finding]:
+    """What is wrong with the recipe; but for its rungs and their sizes, where they are tried."""
+    found = check_recipe(recipe, facts)
+    if not tried:
+        return found
+    return [
+        finding
+        for finding in found
+        if finding.place[:1] != ("rungs",) and finding.place[2:] != ("budget", "file_mb")
+    ]
 
 
 def _absolute(recipe: Recipe, base: Path) -> Recipe:

@@ -56,7 +56,7 @@ def read_yaml(path: Path) -> YamlDocument:
     """Read a file; what is wrong with it is found in ``problems``."""
     document = YamlDocument(path)
     try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=_Loader)
+        root = compose(path.read_text(encoding="utf-8"))
     except OSError as error:
         document.problems.append(UsageError(f"cannot be read: {error.strerror}", where=str(path)))
     except UnicodeDecodeError:
@@ -70,6 +70,15 @@ def read_yaml(path: Path) -> YamlDocument:
     else:
         _Reader(document).read(root)
     return document
+
+
+def compose(text: str) -> yaml.Node | None:
+    """The nodes of a text, which know where they stand in it.
+
+    Raises:
+        yaml.YAMLError: it is not YAML, or has what a recipe has not.
+    """
+    return yaml.compose(text, Loader=_Loader)
 
 
 def dotted(place: Place) -> str:

@@ -58,7 +58,7 @@ def test_a_command_that_is_misspelt_is_a_usage_error(
     assert "Usage" in ran.stderr + ran.stdout
 
 
-@pytest.mark.parametrize("command", ["build", "plan", "check"])
+@pytest.mark.parametrize("command", ["build", "plan", "check", "search"])
 def test_a_missing_recipe_is_one_clear_message_and_no_traceback(
     tmp_path: Path, command: str
 ) -> None:

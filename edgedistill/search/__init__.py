@@ -1,0 +1,1 @@
+"""``edgedistill search``: which remedy makes the smallest artifacts that still pass a recipe."""
