@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ class BpeVocabulary:
         while len(parts) > 1:
             ranked = [
                 (rank, place)
-                for place, pair in enumerate(zip(parts, parts[1:], strict=False))
+                for place, pair in enumerate(pairwise(parts))
                 if (rank := self._ranks.get(pair)) is not None
             ]
             if not ranked:

@@ -101,6 +101,6 @@ def _too_small(
         f"merged from take {needed}",
         hint=f"state at least {needed}, or `least_count: {high}`, which lets rarer tokens of the "
         "text be written in pieces"
-        if len(always) <= size
-        else f"bytes and special tokens alone take {len(always)}",
+        if high <= most
+        else f"state at least {needed}; bytes and special tokens alone take {len(always)}",
     )

@@ -17,7 +17,7 @@ import numpy as np
 from edgedistill.calibration import rendered_texts
 from edgedistill.chat import Chat, load_tokenizer
 from edgedistill.errors import StageError
-from edgedistill.kept_vocabulary import Ids, KeptVocabulary
+from edgedistill.kept_vocabulary import Ids
 from edgedistill.progress import track
 from edgedistill.verify.strings import HARD_STRINGS, special_strings
 from edgedistill.verify.texts import load_texts
@@ -72,9 +72,7 @@ def encode(tokenizer: Any, texts: Sequence[str]) -> list[Any]:
     return encoded
 
 
-def prove_tokenizer(
-    whole: Path, pruned: Path, kept: Ids, files: Iterable[Path], chat: Chat
-) -> int:
+def prove_tokenizer(whole: Path, pruned: Path, kept: Ids, files: Iterable[Path], chat: Chat) -> int:
     """Hold the tokenizer of ``pruned`` against that of ``whole``; returns how many texts were read.
 
     Args:
