@@ -47,6 +47,7 @@ class BpeVocabulary:
             if left + right not in self._model:
                 raise InputError(f"merges {left!r} and {right!r} to no token", where=where)
         self._ranks = {pair: rank for rank, pair in reversed([*enumerate(self.merges)])}
+        self._needed: dict[int, frozenset[int]] = {}
         self._whole_words = bool(model.get("ignore_merges"))
 
     @cached_property
@@ -68,9 +69,10 @@ class BpeVocabulary:
 
     def needs(self, token: int) -> frozenset[int]:
         """The ids that appear while the characters of a token are merged, its own among them."""
-        if token in self.added:
-            return frozenset([token])
-        return frozenset(self._merged(self.tokens[token])[0]) | {token}
+        if token not in self._needed:
+            merged = [] if token in self.added else self._merged(self.tokens[token])[0]
+            self._needed[token] = frozenset([*merged, token])
+        return self._needed[token]
 
     def is_reachable(self, token: int) -> bool:
         """Whether a text can be cut into this token at all."""
