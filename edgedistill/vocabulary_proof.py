@@ -19,6 +19,7 @@ from edgedistill.chat import Chat, load_tokenizer
 from edgedistill.errors import StageError
 from edgedistill.kept_vocabulary import Ids
 from edgedistill.progress import track
+from edgedistill.student import Student
 from edgedistill.verify.strings import HARD_STRINGS, special_strings
 from edgedistill.verify.texts import load_texts
 
@@ -110,6 +111,21 @@ def prove_tokenizer(whole: Path, pruned: Path, kept: Ids, files: Iterable[Path],
                 )
             count += 1
     return count
+
+
+def prove_rows(whole: Student, pruned: Student, kept: Ids) -> None:
+    """Read back what was written: each token's row of the embedding and of the head.
+
+    Raises:
+        StageError: a token has another row than before.
+    """
+    facts = whole.facts
+    for name in dict.fromkeys((facts.embedding, facts.head)):
+        before, after = whole.read(name)[kept], pruned.read(name)
+        same = before.shape == after.shape and (before == after).all(axis=1)
+        if not np.all(same):
+            place = int(np.argmin(same)) if before.shape == after.shape else 0
+            raise StageError(f"the row of token {place} in {name} is not that of {kept[place]}")
 
 
 def _texts(tokenizer: Any, files: Iterable[Path], chat: Chat) -> Iterator[str]:

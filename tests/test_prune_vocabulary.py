@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from hypothesis import given, settings
@@ -26,9 +27,9 @@ from edgedistill.stages.quantize_rtn import QuantizeRtn
 from edgedistill.student import Student, StudentWriter
 from edgedistill.verify.judge import read_judge_logits
 from edgedistill.verify.kept_logits import write_kept_logits
-from edgedistill.vocabulary_proof import prove_tokenizer
+from edgedistill.vocabulary_proof import prove_rows, prove_tokenizer
 from tests.hard_text import hard_strings
-from tests.pruned import empty, load, logits
+from tests.pruned import edited, empty, load, logits
 from tests.small_vocabulary import (
     DOMAIN,
     OTHER,
@@ -253,6 +254,18 @@ def test_a_tokenizer_that_is_broken_on_purpose_is_caught(
     _broken(tiny("llama"), small, tmp_path / "same", lambda file: None)
     with pytest.raises(StageError, match=told):
         _broken(tiny("llama"), small, tmp_path / "broken", change)
+
+
+def test_rows_that_are_off_by_one_are_caught(tiny: Tiny, small: Path, tmp_path: Path) -> None:
+    whole, kept = Student(tiny("llama")), read_kept(small)
+    assert kept is not None
+
+    def roll(name: str, values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        return np.roll(values, 1, axis=0) if "embed" in name else values
+
+    prove_rows(whole, Student(small), kept.ids)
+    with pytest.raises(StageError, match="the row of token 0"):
+        prove_rows(whole, Student(edited(small, tmp_path / "rolled", roll)), kept.ids)
 
 
 @pytest.mark.parametrize(

@@ -90,13 +90,13 @@ class PruneVocabulary(Stage):
 
         Raises:
             InputError: the texts need more tokens; a tokenizer of another kind; a bad file.
-            StageError: the new tokenizer reads or writes a text differently.
+            StageError: a token has another row than before, or the new tokenizer reads or writes a text differently.
         """
         from edgedistill.bpe_vocabulary import BpeVocabulary
         from edgedistill.pruning_results import PrunedVocabulary, Pruning, second_grows_more
         from edgedistill.tokenizer_files import stated_ids
         from edgedistill.vocabulary_choice import choose_tokens
-        from edgedistill.vocabulary_proof import count_tokens, prove_tokenizer
+        from edgedistill.vocabulary_proof import count_tokens, prove_rows, prove_tokenizer
 
         student = Student(src)
         self.refuse_misfit(student)
@@ -111,6 +111,7 @@ class PruneVocabulary(Stage):
             least_count=self.least_count,
         )
         _write(student, dst, vocabulary, choice.kept)
+        prove_rows(student, Student(dst), choice.kept)
         proven_on = prove_tokenizer(src, dst, choice.kept, self._read(), self.chat)
         fertility = self._fertility(src, dst, counted, choice)
         Pruning(
