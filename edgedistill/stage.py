@@ -55,6 +55,11 @@ class Stage(BaseModel, ABC):
         return False
 
     @property
+    def needs_text(self) -> bool:
+        """Whether the built-in texts will not do, where there is no ``calibration.file``."""
+        return False
+
+    @property
     def changes_vocabulary(self) -> bool:
         """Whether the student that is written has token ids of its own, and a map of them."""
         return False

@@ -73,7 +73,7 @@ def test_good_artifacts_pass_all_gates_in_all_formats_and_broken_ones_do_not(
     for rung, good in made.items():
         judges = (good.reference, good.base)
         reference, base = (
-            _in_kept_tokens(judge, good.rung.student, tmp_path / f"{rung}-{number}")
+            _in_kept_tokens(judge, good.rung.student, tmp_path / f"kept-{rung}-{number}")
             for number, judge in enumerate(judges)
         )
         held = Good(good.rung, reference, base)
@@ -141,7 +141,7 @@ def test_a_rung_with_fewer_tokens_is_judged_in_its_own(tiny: Tiny, tmp_path: Pat
     assert read_kept(student) is not None
     expected = _score_first_case(student, tmp_path)
     line = json.loads((scores / SCORES_FILE).read_text().split("\n")[0])
-    assert line["log_probs"] == pytest.approx(expected, abs=0.1)
+    assert line["log_probs"] == pytest.approx(expected, rel=0.02)
 
 
 def _score_first_case(student: Path, tmp_path: Path) -> list[float]:
@@ -166,7 +166,7 @@ def _score_first_case(student: Path, tmp_path: Path) -> list[float]:
 def test_traffic_is_read_in_the_artifacts_own_tokens(tiny: Tiny, tmp_path: Path) -> None:
     small, reference = pruned(tiny("llama"), tmp_path), empty(tmp_path / "reference")
     log = tmp_path / "log.jsonl"
-    texts = ["I love this film!", "The quick brown fox jumps.", "def add(a: int, b: int)"]
+    texts = ["I love this film!", "the quick brown fox jumps.", "def add(a: int, b: int)"]
     rows = [{"messages": [{"role": "user", "content": text}]} for text in texts]
     log.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     common = {"threads": 1, "context_tokens": 128}
@@ -176,16 +176,17 @@ def test_traffic_is_read_in_the_artifacts_own_tokens(tiny: Tiny, tmp_path: Path)
     )
     assert found.prompts == 3
     # What is cut as before is answered as before, among the tokens that stayed; code is not.
-    kl = {prompt.text: prompt.kl for prompt in found.loudest}
-    assert kl.pop(texts[2]) > 0.01
-    assert all(value < 1e-6 for value in kl.values())
+    kl = {prompt.prompt: prompt.kl for prompt in found.loudest}
+    assert kl.pop(texts[2]) > 0.5
+    # Tokens that went are still in what the reference did not name, beyond 256 of 512.
+    assert all(value < 0.01 for value in kl.values()), kl
 
 
 @pytest.mark.parametrize(
     ("change", "named"),
     [
         (("vocab_size: 448", "vocab_size: 512"), "not below"),
-        (("file: domain.txt, ", ""), "calibration.file"),
+        (("file: domain.txt, ", ""), "no text of the domain"),
         (
             ("    - prune_vocabulary", "    - quantize_rtn: {{bits: 8}}\n    - prune_vocabulary"),
             "q",

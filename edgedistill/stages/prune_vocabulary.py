@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from edgedistill.calibration import Calibration
 from edgedistill.chat import Chat
 from edgedistill.decoder import DecoderFacts
+from edgedistill.errors import InputError
 from edgedistill.progress import track
 from edgedistill.stage import Stage
 from edgedistill.student import Student
@@ -59,6 +60,11 @@ class PruneVocabulary(Stage):
         return self
 
     @property
+    def needs_text(self) -> bool:
+        """What the built-in texts lack is no reason to drop a token."""
+        return True
+
+    @property
     def changes_vocabulary(self) -> bool:
         """Its student has token ids of its own."""
         return True
@@ -70,7 +76,7 @@ class PruneVocabulary(Stage):
         return dataclasses.replace(facts, vocab_size=rounded)
 
     def problems(self, facts: DecoderFacts, quantized: bool) -> list[str]:
-        """A quantized student; a size that is no smaller; no text to choose by."""
+        """A quantized student; a size that is no smaller."""
         if quantized:
             return ["the student is quantized already: prune it before"]
         problems = []
@@ -81,8 +87,6 @@ class PruneVocabulary(Stage):
                 f"{name}: {size} tokens (a multiple of {self.multiple_of}) are not below the "
                 f"student's {facts.vocab_size}"
             )
-        if self.calibration.file is None:
-            problems.append("there is no text of the domain: give calibration.file")
         return problems
 
     def run(self, src: Path, dst: Path) -> None:
@@ -90,7 +94,8 @@ class PruneVocabulary(Stage):
 
         Raises:
             InputError: the texts need more tokens; a tokenizer of another kind; a bad file.
-            StageError: a token has another row than before, or the new tokenizer reads or writes a text differently.
+            StageError: a token has another row than before, or the new tokenizer reads or writes
+                a text differently.
         """
         from edgedistill.bpe_vocabulary import BpeVocabulary
         from edgedistill.pruning_results import PrunedVocabulary, Pruning, second_grows_more
@@ -134,8 +139,9 @@ class PruneVocabulary(Stage):
 
     def _files(self) -> tuple[Path, ...]:
         """The domain's texts, which tokens are chosen by."""
-        first = () if self.calibration.file is None else (self.calibration.file,)
-        return (*first, *self.more)
+        if self.calibration.file is None:
+            raise InputError("there is no text of the domain", hint="give calibration.file")
+        return (self.calibration.file, *self.more)
 
     def _read(self) -> tuple[Path, ...]:
         """All texts that the stage reads."""
