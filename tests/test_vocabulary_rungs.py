@@ -10,18 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from edgedistill.cache import Cache
 from edgedistill.chat import Chat, load_tokenizer
 from edgedistill.errors import RecipeError
 from edgedistill.evaluate.score import SCORES_FILE
 from edgedistill.evaluate.traffic import find_disagreements, read_reference
 from edgedistill.kept_vocabulary import read_kept
-from edgedistill.pipeline import Pipeline
+from edgedistill.pipeline import Step
 from edgedistill.plan import BuildSteps, plan_build
 from edgedistill.recipe_load import load_recipe
 from edgedistill.results import Verification
 from edgedistill.stages.quantize_rtn import QuantizeRtn
 from edgedistill.student import Student, dequantize_student
+from edgedistill.task import WORK
 from edgedistill.tasks import EVALUATION_FILE, VERIFICATION_FILE
 from edgedistill.verify.kept_logits import write_kept_logits
 from tests.mutations import ALL
@@ -127,14 +127,9 @@ def test_a_rung_with_fewer_tokens_is_judged_in_its_own(tiny: Tiny, tmp_path: Pat
     assert small.score.inputs["student"] is small.student
     assert "vocabulary" not in whole.verify.inputs["reference_judge"].inputs
     assert small.verify.inputs["reference_judge"].inputs["vocabulary"] is pruning
-    pipeline = Pipeline(Cache(tmp_path / "cache"), lambda line: None)
-    pipeline.run([small.verify, small.compare])
-    verified, judged = pipeline.output(small.verify), pipeline.output(small.compare)
-    student, scores = pipeline.output(small.student), pipeline.output(small.score)
-    assert verified is not None
-    assert judged is not None
-    assert student is not None
-    assert scores is not None
+    done: dict[str, Path] = {}
+    verified, judged = (_run(s, tmp_path / "steps", done) for s in (small.verify, small.compare))
+    student, scores = done[small.student.key], done[small.score.key]
     found = Verification.model_validate_json((verified / VERIFICATION_FILE).read_bytes())
     assert [c for c in found.checks if not c.passed] == []
     assert (judged / EVALUATION_FILE).exists()
@@ -142,6 +137,18 @@ def test_a_rung_with_fewer_tokens_is_judged_in_its_own(tiny: Tiny, tmp_path: Pat
     expected = _score_first_case(student, tmp_path)
     line = json.loads((scores / SCORES_FILE).read_text().split("\n")[0])
     assert line["log_probs"] == pytest.approx(expected, rel=0.02)
+
+
+def _run(step: Step, root: Path, done: dict[str, Path]) -> Path:
+    """The output of a step and of all before it, run here and not in processes of their own."""
+    if step.key not in done:
+        inputs = {name: _run(source, root, done) for name, source in step.inputs.items()}
+        if step.task.keeps_work():
+            inputs[WORK] = empty(root / f"{step.key}-work")
+        out = empty(root / step.key)
+        step.task.run(inputs, out)
+        done[step.key] = out
+    return done[step.key]
 
 
 def _score_first_case(student: Path, tmp_path: Path) -> list[float]:
