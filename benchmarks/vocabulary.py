@@ -66,7 +66,8 @@ def write_manual(work: Path) -> Path:
 
 def prune(name: str, fields: dict[str, int], student: Path, work: Path, manual: Path) -> None:
     """Run the stage, and keep what it found."""
-    stage = PruneVocabulary(second=manual, calibration=Calibration(file=DOMAIN), **fields)
+    stated = {"second": manual, "calibration": Calibration(file=DOMAIN), **fields}
+    stage = PruneVocabulary.model_validate(stated)
     out = work / name
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()

@@ -164,9 +164,9 @@ def _check_beside(recipe: Recipe) -> Iterator[Finding]:
 
 def _check_calibration(recipe: Recipe) -> Iterator[Finding]:
     """Stages that read a text of the domain, and neither they nor the recipe name one."""
-    parts = {("stages",): recipe.stages}
-    parts |= {("rungs", name): steps for name, steps in recipe.rungs.items()}
-    for place, steps in parts.items():
+    parts: list[tuple[Place, Sequence[StageStep]]] = [(("stages",), recipe.stages)]
+    parts += [(("rungs", name), steps) for name, steps in recipe.rungs.items()]
+    for place, steps in parts:
         for index, step in enumerate(steps):
             own = "calibration" in step.config.model_fields_set
             stated = getattr(step.config if own else recipe, "calibration", recipe.calibration)

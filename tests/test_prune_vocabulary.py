@@ -299,7 +299,7 @@ def test_what_is_impossible_is_told_before_any_work(tiny: Tiny, tmp_path: Path) 
     assert shared.facts_after(facts).vocab_size == 448
     for fields in ({}, {"vocab_size": 64, "keep_share": 0.5}):
         with pytest.raises(ValueError, match="either"):
-            PruneVocabulary(**fields)
+            PruneVocabulary.model_validate(fields)
     QuantizeRtn(bits=8).run(tiny("llama"), quantized := empty(tmp_path / "int8"))
     with pytest.raises(InputError, match="quantized"):
         stage(tmp_path).run(quantized, empty(tmp_path / "out"))
