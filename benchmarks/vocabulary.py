@@ -18,16 +18,20 @@ from pathlib import Path
 from typing import Any
 
 from edgedistill.calibration import Calibration
+from edgedistill.chat import Chat
 from edgedistill.pipeline import Pipeline
 from edgedistill.plan import ArtifactSteps, plan_build
 from edgedistill.pruning_results import PRUNING_FILE, Pruning
 from edgedistill.recipe_load import load_recipe
 from edgedistill.results import Verification
 from edgedistill.stages.prune_vocabulary import PruneVocabulary
+from edgedistill.student import Student
 from edgedistill.tasks import VERIFICATION_FILE, WEIGHTS_FILE, Weights
+from edgedistill.vocabulary_proof import count_tokens
 
 ROOT = Path(__file__).resolve().parents[1]
 DOMAIN = ROOT / "recipes" / "data" / "sentiment" / "train.jsonl"
+SUITE = DOMAIN.with_name("suite.jsonl")
 RESULTS = ROOT / "benchmarks" / "results" / "vocabulary.json"
 # Name -> fields: all that the domain uses, and what fits into 16,384.
 RUNGS: dict[str, dict[str, int]] = {
@@ -80,10 +84,17 @@ def prune(name: str, fields: dict[str, int], student: Path, work: Path, manual: 
         {
             "seconds": round(time.monotonic() - started, 1),
             "float32_bytes_saved": before - after,
+            "suite_tokens": [count_suite(path) for path in (student, out)],
             "tokenizer_bytes": (out / "tokenizer.json").stat().st_size,
             **found.model_dump(),
         },
     )
+
+
+def count_suite(student: Path) -> int:
+    """Tokens of the suite, which are other texts of the domain."""
+    rows = Student(student).facts.vocab_size
+    return count_tokens(student, (SUITE,), Chat(), rows).tokens
 
 
 def verify(student: Path, work: Path, manual: Path) -> None:
