@@ -26,6 +26,7 @@ Ids = npt.NDArray[np.int64]
 # A long text is cut into passages of so many characters for each token of a sequence, some two
 # sequences each, so that a small budget still sees many places of it.
 PASSAGE_CHARACTERS_PER_TOKEN = 8
+WHOLE_TEXT_PASSAGE_TOKENS = 512  # where all of a text is read
 LEAST_SHARE_OF_TEXT = 0.5  # of a sequence, once the conversation around the text is taken off
 LINE_HINT = 'a line is {"text": ...} or {"messages": [{"role": ..., "content": ...}]}'
 
@@ -107,6 +108,29 @@ def calibration_ids(student: Path, calibration: Calibration, chat: Chat) -> list
         where=str(calibration.file),
         hint=f"state `tokens: {held}`, or give more text" if held else "give more text",
     )
+
+
+def rendered_texts(tokenizer: Any, file: Path | None, chat: Chat) -> Iterator[str]:
+    """All of a calibration file, in its order, as the chat template writes it.
+
+    A long text comes in passages, each as a user's message; without a template as it is.
+
+    Args:
+        tokenizer: of ``transformers``.
+        file: as :class:`Calibration` names it.
+        chat: the fixed part of every conversation.
+
+    Raises:
+        InputError: the file is unreadable or not of its format; the chat template refuses it.
+    """
+    for where, document in _documents(file, WHOLE_TEXT_PASSAGE_TOKENS):
+        if isinstance(document, str):
+            if not tokenizer.chat_template:
+                yield document
+                continue
+            document = [{"role": "user", "content": document}]
+        answering = document[-1]["role"] != "assistant"
+        yield render_conversation(tokenizer, document, chat, where=where, answering=answering)
 
 
 class _Packer:

@@ -139,7 +139,10 @@ class Traffic(Task):
     context_tokens: int
 
     def run(self, inputs: Mapping[str, Path], dst: Path) -> None:
-        """Reads ``artifact``, ``student`` and ``reference_traffic``, writes ``traffic.json``."""
+        """Reads ``artifact``, ``student`` and ``reference_traffic``, writes ``traffic.json``.
+
+        The artifact has the tokens of ``vocabulary`` where that is given, else the student's.
+        """
         from edgedistill.evaluate.traffic import find_disagreements
 
         found = find_disagreements(
@@ -148,6 +151,7 @@ class Traffic(Task):
             inputs["student"],
             inputs["reference_traffic"],
             self.suite,
+            vocabulary=inputs.get("vocabulary"),
             threads=self.threads,
             context_tokens=self.context_tokens,
         )

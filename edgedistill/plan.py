@@ -171,7 +171,7 @@ class _Planner:
         score = compare = None
         if self._reference_scores:
             scores = self._reference_scores
-            score = self._score(label, runtime, sample, export, scores)
+            score = self._score(label, runtime, sample, student, export, scores)
             compare = self._compare(
                 label, runtime, scores, score, judged=True, beside=self._beside(rung, name)
             )
@@ -187,19 +187,20 @@ class _Planner:
             score=score,
             compare=compare,
             bench=None if limited else self._bench(label, runtime, student, export),
-            traffic=self._traffic(label, runtime, export) if judges else None,
+            traffic=self._traffic(label, runtime, student, export) if judges else None,
         )
 
     def _verify(self, label: str, name: str, runtime: str, student: Step, export: Step) -> Step:
+        rung, vocabulary = label.partition("/")[0], _vocabulary_of(student)
         inputs = {
             "artifact": export,
             "student": student,
-            "reference_judge": self._judge("reference", self._reference),
-            "weights_judge": self._judge(label.partition("/")[0], student),
+            "reference_judge": self._judge("reference", self._reference, vocabulary=vocabulary),
+            "weights_judge": self._judge(rung, student),
         }
         if self._reference is not self._taken_in:
             inputs["base_judge"] = self._judge(
-                "student before adapters", self._taken_in, long=False
+                "student before adapters", self._taken_in, long=False, vocabulary=vocabulary
             )
         task = Verify(
             format=name,
@@ -214,15 +215,23 @@ class _Planner:
         stages = [*self._recipe.stages, *self._recipe.rungs[rung]]
         return any(stage.config.prunes for stage in stages)
 
-    def _judge(self, label: str, student: Step, *, long: bool = True) -> Step:
+    def _judge(
+        self, label: str, student: Step, *, long: bool = True, vocabulary: Step | None = None
+    ) -> Step:
+        """What a student says on the texts, in its own tokens or in those of another one."""
         recipe = self._recipe
+        long = long and vocabulary is None
         task = JudgeLogits(
             texts=recipe.texts,
             chat=recipe.chat,
             threads=self._threads,
             context_tokens=recipe.context_tokens if long else None,
         )
-        return self._step(f"{label}: float32 logits", task, student=student)
+        inputs = {"student": student}
+        if vocabulary is not None:
+            label = f"{label}, in the tokens of {vocabulary.label.partition(':')[0]}"
+            inputs["vocabulary"] = vocabulary
+        return self._step(f"{label}: float32 logits", task, **inputs)
 
     def _score_reference(self) -> Step:
         task = ScoreReference(
@@ -244,7 +253,13 @@ class _Planner:
         return Beside(**beside)
 
     def _score(
-        self, label: str, runtime: str, sample: int | None, export: Step, reference: Step
+        self,
+        label: str,
+        runtime: str,
+        sample: int | None,
+        student: Step,
+        export: Step,
+        reference: Step,
     ) -> Step:
         recipe = self._recipe
         common: dict[str, Any] = {
@@ -254,8 +269,10 @@ class _Planner:
             "context_tokens": recipe.context_tokens,
             "threads": self._threads,
         }
-        # The reference's tokenizer and template ask every rung the same questions.
-        inputs = {"artifact": export, "student": self._reference}
+        # The reference's tokenizer and template ask every rung the same questions; a rung with
+        # tokens of its own is asked the same strings.
+        asks = self._reference if _vocabulary_of(student) is None else student
+        inputs = {"artifact": export, "student": asks}
         if sample is None and self._stops_early(label):
             inputs["reference_scores"] = reference
             early = ScoreUntilDecided(**common, floor=recipe.floor, slices=recipe.slices)
@@ -301,7 +318,7 @@ class _Planner:
         )
         return self._step("reference: traffic", task, student=self._reference)
 
-    def _traffic(self, label: str, runtime: str, export: Step) -> Step | None:
+    def _traffic(self, label: str, runtime: str, student: Step, export: Step) -> Step | None:
         if self._reference_traffic is None:
             return None
         task = Traffic(
@@ -311,6 +328,9 @@ class _Planner:
             threads=self._threads,
         )
         inputs = {"student": self._reference, "reference_traffic": self._reference_traffic}
+        vocabulary = _vocabulary_of(student)
+        if vocabulary is not None:
+            inputs["vocabulary"] = vocabulary
         return self._step(f"{label}: traffic", task, artifact=export, **inputs)
 
     def _bench(self, label: str, runtime: str, student: Step, export: Step) -> Step:
@@ -336,3 +356,14 @@ class _Planner:
 
     def _step(self, label: str, task: Task, **inputs: Step) -> Step:
         return Step(label, task, inputs, self._hashes)
+
+
+def _vocabulary_of(student: Step) -> Step | None:
+    """The step that gave a student tokens of its own; None where it has the reference's."""
+    step: Step | None = student
+    while step is not None:
+        task = step.task
+        if isinstance(task, RunStage) and task.stage_config().changes_vocabulary:
+            return step
+        step = step.inputs.get("student")
+    return None

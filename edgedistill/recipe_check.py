@@ -38,7 +38,7 @@ def check_recipe(recipe: Recipe, facts: DecoderFacts | None) -> list[Finding]:
         facts: of the student; None when they are not known yet, which leaves out what needs them.
     """
     findings = [*_check_files(recipe), *_check_names(recipe), *_check_suite(recipe)]
-    findings += _check_beside(recipe)
+    findings += [*_check_beside(recipe), *_check_calibration(recipe)]
     findings += [*_check_stopping(recipe), *_check_waivers(recipe), *_check_traffic(recipe)]
     if facts is not None:
         findings += [*_check_context(recipe, facts), *_check_stages(recipe, facts)]
@@ -160,6 +160,22 @@ def _check_beside(recipe: Recipe) -> Iterator[Finding]:
                         find_released(recipe.previous, rung, name)
         except EdgedistillError as error:
             yield Finding(("previous",), str(error))
+
+
+def _check_calibration(recipe: Recipe) -> Iterator[Finding]:
+    """Stages that read a text of the domain, and neither they nor the recipe name one."""
+    parts: list[tuple[Place, Sequence[StageStep]]] = [(("stages",), recipe.stages)]
+    parts += [(("rungs", name), steps) for name, steps in recipe.rungs.items()]
+    for place, steps in parts:
+        for index, step in enumerate(steps):
+            own = "calibration" in step.config.model_fields_set
+            stated = getattr(step.config if own else recipe, "calibration", recipe.calibration)
+            if step.config.needs_text and stated.file is None:
+                yield Finding(
+                    (*place, index, step.name),
+                    "there is no text of the domain",
+                    "give `calibration: {file: ...}`",
+                )
 
 
 def _check_stopping(recipe: Recipe) -> Iterator[Finding]:

@@ -18,7 +18,9 @@ class TextDivergence(Document):
     """How far an artifact's next-token distributions lie from a float32 judge, on one text.
 
     KL is KL(judge || artifact) in nats per token; ``top1`` the share of positions at which the
-    artifact's most probable token is the judge's, or within 0.01 nats of it (a tie).
+    artifact's most probable token is the judge's, or within 0.01 nats of it (a tie).  Where the
+    judge knows tokens that the artifact lacks, all is over those that both have, normalized, and
+    ``removed_mass`` is the judge's mean probability of the others.
     """
 
     text: str
@@ -28,6 +30,7 @@ class TextDivergence(Document):
     kl_max: float
     worst_position: int
     top1: float
+    removed_mass: float | None = None
 
 
 class Check(Document):

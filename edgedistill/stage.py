@@ -59,6 +59,16 @@ class Stage(BaseModel, ABC):
         """Whether the stage takes parts out of the student."""
         return False
 
+    @property
+    def needs_text(self) -> bool:
+        """Whether the built-in texts will not do, where there is no ``calibration.file``."""
+        return False
+
+    @property
+    def changes_vocabulary(self) -> bool:
+        """Whether the student that is written has token ids of its own, and a map of them."""
+        return False
+
     def run_beside(self, src: Path, dst: Path, *, teacher: Path | None, work: Path | None) -> None:
         """As :meth:`run`, with what the stage wants.
 

@@ -22,6 +22,8 @@ from edgedistill.safetensors_file import SafetensorsFile, StoredTensor
 
 GRIDS_FILE = "grids.json"
 INDEX_FILE = "model.safetensors.index.json"
+# What a student with a part of a vocabulary kept of the whole one; see kept_vocabulary.py.
+VOCABULARY_MAP_FILE = "vocabulary_map.json"
 SHARD_BYTES = 256 * 1024 * 1024
 SIDE_FILES = (
     "tokenizer.json",
@@ -130,6 +132,8 @@ class StudentWriter:
         self._total_bytes = 0
         if like is not None:
             copy_side_files(like.path, dst)
+            if (like.path / VOCABULARY_MAP_FILE).is_file():
+                shutil.copyfile(like.path / VOCABULARY_MAP_FILE, dst / VOCABULARY_MAP_FILE)
 
     def write(self, name: str, value: npt.NDArray[Any] | QTensor) -> None:
         """Add a tensor: a float array is stored in its dtype, a QTensor packed."""

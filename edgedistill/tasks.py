@@ -119,6 +119,8 @@ class Export(Task):
 class JudgeLogits(Task):
     """What ``transformers`` in float32 says on the texts, with a student's weights.
 
+    Where there is a student ``vocabulary``, which kept a part of its tokens, it says it in those.
+
     Attributes:
         context_tokens: the length of one long prompt that it reads too; None leaves it out.
     """
@@ -128,11 +130,17 @@ class JudgeLogits(Task):
     context_tokens: int | None = None
 
     def run(self, inputs: Mapping[str, Path], dst: Path) -> None:
-        """Reads ``student``."""
+        """Reads ``student``, and ``vocabulary`` if given."""
         from edgedistill.verify.judge import write_judge_logits
+        from edgedistill.verify.kept_logits import write_kept_logits
         from edgedistill.verify.texts import load_texts
 
-        texts = load_texts(self.texts)
+        texts, vocabulary = load_texts(self.texts), inputs.get("vocabulary")
+        if vocabulary is not None:
+            write_kept_logits(
+                inputs["student"], vocabulary, texts, dst, chat=self.chat, threads=self.threads
+            )
+            return
         write_judge_logits(
             inputs["student"],
             texts,

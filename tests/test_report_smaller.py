@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 
 from edgedistill.allocation_results import AllocatedMatrix, Allocation, StepUp
 from edgedistill.healing_results import Healing, HealingPoint
-from edgedistill.pruning_results import DomainLoss, DroppedSet, Pruning, TriedBlock
+from edgedistill.pruning_results import (
+    DomainFertility,
+    DomainLoss,
+    DroppedSet,
+    PrunedVocabulary,
+    Pruning,
+    TriedBlock,
+)
 from edgedistill.report.markdown import render_markdown
 from edgedistill.report.page import render_page
-from edgedistill.report.smaller import allocation_rows, rung_sentences, speed_ups
+from edgedistill.report.smaller import allocation_rows, pruning_sentences, rung_sentences, speed_ups
 from edgedistill.results import BuildReport
 from edgedistill.rung_results import RungReport
 from tests.built_report import build_report
@@ -138,3 +147,32 @@ def test_who_got_which_bits_is_shown_block_by_block(report: BuildReport) -> None
     assert "2 on 4 bits" in said
     assert page.count('class="bits-4"') == 2
     assert "would give 0.0071 back for 9 bytes" in page
+
+
+def test_a_pruned_vocabulary_says_how_much_longer_texts_became() -> None:
+    domains: tuple[tuple[Literal["calibration", "second"], int], ...] = (
+        ("calibration", 202),
+        ("second", 296),
+    )
+    fertility = [
+        DomainFertility(
+            domain=domain,
+            characters=1000,
+            tokens_before=200,
+            tokens_after=after,
+            per_character_before=0.2,
+            per_character_after=after / 1000,
+        )
+        for domain, after in domains
+    ]
+    vocabulary = PrunedVocabulary(
+        used=9876, merged_from=543, others=21, split=9214, fertility=fertility, proven_on=18_348
+    )
+    pruning = PRUNING.model_copy(
+        update={"stage": "prune_vocabulary", "losses": [], "vocabulary": vocabulary}
+    )
+    said = "\n".join(pruning_sentences(pruning))
+    assert "9,214 rarer ones are written in pieces" in said
+    assert "calibration domain take 1.0% more" in said
+    assert "second domain take 48.0% more" in said
+    assert "Warning" in said

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict
 
 from edgedistill.chat import Chat
 from edgedistill.errors import InputError, UnavailableError, UsageError
-from edgedistill.evaluate.score import Answer, Score, TextBits, write_scores
+from edgedistill.evaluate.score import Answer, Score, TextBits, refuse_other_tokens, write_scores
 from edgedistill.evaluate.suite import SUITE_FILE, Case, GenerateCase, Message, TextCase
 from edgedistill.plugins import load_plugin
 from edgedistill.session import Session
@@ -95,6 +95,7 @@ def score_task(
     program = load_plugin("runtimes", runtime)()
     started = time.monotonic()
     with program.open(artifact, context_tokens=context_tokens, threads=threads) as session:
+        refuse_other_tokens(session, student)
         samples = _run(session, student, task, sample, chat)
     scored = dict(_cases(samples))
     if not scored:

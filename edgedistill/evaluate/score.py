@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgedistill.chat import Chat
+from edgedistill.chat import Chat, load_tokenizer
 from edgedistill.errors import InputError, StageError
 from edgedistill.evaluate.generate import Voice, generate_answers
 from edgedistill.evaluate.grade import grade_answer
@@ -100,8 +100,26 @@ def score_artifact(
     program = load_plugin("runtimes", runtime)()
     started = time.monotonic()
     with program.open(artifact, context_tokens=context_tokens, threads=threads) as session:
+        refuse_other_tokens(session, student)
         scores = score_cases(session, cases, prompts, student, chat)
     write_scores(dst, cases, scores, seconds=time.monotonic() - started)
+
+
+def refuse_other_tokens(session: Session, student: Path) -> None:
+    """Refuse an artifact that has fewer tokens than those who ask it.
+
+    Raises:
+        InputError: it has; the same ids would mean other texts to it.
+    """
+    known = len(load_tokenizer(student))
+    if session.vocab_size < known:
+        raise InputError(
+            f"the artifact has {session.vocab_size} tokens, the tokenizer of what it is compared "
+            f"with {known}: the same ids would mean other texts",
+            where=str(student),
+            hint="an artifact with a vocabulary of its own (prune_vocabulary) is evaluated by the "
+            "build of its recipe",
+        )
 
 
 def score_cases(

@@ -14,7 +14,13 @@ from edgedistill.chat import Chat
 from edgedistill.evaluate.matching import check_clauses_fit, match_reference
 from edgedistill.evaluate.pairing import pair_scores
 from edgedistill.evaluate.prompts import render_prompts
-from edgedistill.evaluate.score import Score, read_scores, score_cases, write_scores
+from edgedistill.evaluate.score import (
+    Score,
+    read_scores,
+    refuse_other_tokens,
+    score_cases,
+    write_scores,
+)
 from edgedistill.evaluate.stopping import STOPPING_FILE, Sampling, Stopping, look_sizes
 from edgedistill.evaluate.suite import Case, load_suite
 from edgedistill.floor import Floor, SliceSpec
@@ -70,6 +76,7 @@ def score_until_decided(
     program = load_plugin("runtimes", runtime)()
     started = time.monotonic()
     with program.open(artifact, context_tokens=context_tokens, threads=threads) as session:
+        refuse_other_tokens(session, student)
 
         def score(batch: Sequence[Case]) -> Scores:
             asked = [prompts[case.id] for case in batch]

@@ -29,6 +29,7 @@ from edgedistill.evaluate.logs import read_logs
 from edgedistill.evaluate.personal_data import Redactor
 from edgedistill.evaluate.suite import load_suite
 from edgedistill.evaluate.traffic_clusters import TrafficPrompt, find_clusters, loudest
+from edgedistill.evaluate.traffic_vocabulary import in_own_tokens
 from edgedistill.plugins import load_plugin
 from edgedistill.progress import track
 from edgedistill.student import read_json, write_json
@@ -150,6 +151,7 @@ def find_disagreements(
     reference: Path,
     suite: Sequence[Path],
     *,
+    vocabulary: Path | None = None,
     threads: int,
     context_tokens: int,
 ) -> TrafficFindings:
@@ -158,9 +160,11 @@ def find_disagreements(
     Args:
         artifact: a directory that the runtime opens.
         runtime: file name of the runtime, without ``.py``.
-        student: whose tokenizer spells out the answers.
+        student: whose tokenizer spells out the reference's answers.
         reference: what :func:`read_reference` wrote.
         suite: JSONL files; none, and nothing is known to be measured.
+        vocabulary: the student whose tokens the artifact has, where it kept a part of the
+            reference's; see :mod:`edgedistill.evaluate.traffic_vocabulary`.
         threads: of the runtime.
         context_tokens: what the artifact claims.
 
@@ -172,18 +176,26 @@ def find_disagreements(
     started = time.monotonic()
     lines = [json.loads(line) for line in _read_lines(reference / PROMPTS_FILE)]
     answers = _read_answers(reference / ANSWERS_FILE)
+    asked, expected = [line["ids"] for line in lines], answers
+    tally = read_json(reference / TALLY_FILE)
+    if vocabulary is not None:
+        most = context_tokens - POSITIONS
+        before = len(lines)
+        usable, asked, expected = in_own_tokens(student, vocabulary, asked, answers, most=most)
+        lines, answers = [lines[i] for i in usable], [answers[i] for i in usable]
+        tally["left_out"] += before - len(lines)
     program = load_plugin("runtimes", runtime)()
     with program.open(artifact, context_tokens=context_tokens, threads=threads) as session:
         found = dict(
             track(
-                disagreements(session, [line["ids"] for line in lines], answers),
+                disagreements(session, asked, expected),
                 total=len(lines),
                 label="reading the traffic",
             )
         )
-    tokenizer = load_tokenizer(student)
+    spell = load_tokenizer(student), load_tokenizer(vocabulary or student)
     prompts = [
-        _prompt(line, answer, found[index], tokenizer)
+        _prompt(line, answer, found[index], *spell)
         for index, (line, answer) in enumerate(zip(lines, answers, strict=True))
     ]
     cases = load_suite(suite) if suite else []
@@ -191,7 +203,7 @@ def find_disagreements(
     weights = np.array([prompt.weight for prompt in prompts])
     changed = np.array([prompt.changed for prompt in prompts])
     return TrafficFindings(
-        **read_json(reference / TALLY_FILE),
+        **tally,
         prompts=len(prompts),
         runtime=runtime,
         kl_mean=float(np.average(kl, weights=weights)),
@@ -216,7 +228,7 @@ def _read_answers(path: Path) -> list[Answer]:
 
 
 def _prompt(
-    line: dict[str, Any], answer: Answer, found: Disagreement, tokenizer: Any
+    line: dict[str, Any], answer: Answer, found: Disagreement, tokenizer: Any, own_tokenizer: Any
 ) -> TrafficPrompt:
     redact = Redactor().redact
     return TrafficPrompt(
@@ -227,7 +239,7 @@ def _prompt(
         kl=found.kl,
         changed=found.changed,
         reference_answer=redact(_spell(tokenizer, answer.tokens.tolist())),
-        artifact_answer=redact(_spell(tokenizer, found.said)),
+        artifact_answer=redact(_spell(own_tokenizer, found.said)),
     )
 
 

@@ -187,6 +187,12 @@ def limitations(report: BuildReport) -> list[str]:
             )
         if artifact.bench is not None and not artifact.bench.accepted:
             found.append(f"{name}: its speed is not to be trusted: {artifact.bench.reason}.")
+    found += [
+        f"{name}: its KL to the reference is over the tokens that it kept; the reference gives up "
+        f"to {words.percent(max(removed), 2)} to others."
+        for name, verification in _verifications(report)
+        if (removed := [m for t in verification.against_reference if (m := t.removed_mass)])
+    ]
     silent = [f"{a.rung}/{a.format}" for a in report.artifacts if a.bench is None]
     if silent:
         found.append(f"The speed of {_list(silent)} was not measured.")

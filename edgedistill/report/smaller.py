@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from edgedistill.allocation_results import AllocatedMatrix, Allocation
 from edgedistill.healing_results import Healing
-from edgedistill.pruning_results import Pruning
+from edgedistill.pruning_results import PrunedVocabulary, Pruning
 from edgedistill.report import words
 from edgedistill.report.svg import Canvas, Scale, nice_ticks
 from edgedistill.results import ArtifactReport, BuildReport
@@ -84,11 +84,26 @@ def pruning_sentences(pruning: Pruning) -> Iterator[str]:
             f"That cost a mean KL of {words.number(loss.kl)} nats on {loss.tokens:,} held-out "
             f"tokens of the {loss.domain} text."
         )
+    if pruning.vocabulary is not None:
+        yield from vocabulary_sentences(pruning.vocabulary)
     if pruning.second_loses_more:
         yield (
             "Warning: the second domain loses much more than the one that the choice was made on. "
             "Calibrate on both."
         )
+
+
+def vocabulary_sentences(vocabulary: PrunedVocabulary) -> Iterator[str]:
+    """What a pruned vocabulary holds, and how much longer texts became by it."""
+    yield (
+        f"{vocabulary.used:,} tokens that the texts use stayed, {vocabulary.merged_from:,} that "
+        f"those are merged from, {vocabulary.others:,} others; {vocabulary.split:,} rarer ones are "
+        f"written in pieces now. The new tokenizer was held against the whole one on "
+        f"{vocabulary.proven_on:,} texts."
+    )
+    for text in vocabulary.fertility:
+        longer = text.tokens_after / text.tokens_before - 1
+        yield f"Texts of the {text.domain} domain take {words.percent(longer)} more tokens."
 
 
 def healing_sentence(healing: Healing) -> str:

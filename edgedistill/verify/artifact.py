@@ -53,7 +53,7 @@ def verify_artifact(
         format_name: of the exporter that wrote it; names the runtime.
         student: the student it was exported from (weights, tokenizer, template).
         weights_judge: judge's log-probabilities on that student's weights, dequantized.
-        reference_judge: on the reference.
+        reference_judge: on the reference, in the tokens of that student; so is ``base_judge``.
         base_judge: on the student before adapters were merged; None when there are none.
         context_tokens: what the artifact claims.
         threads: for the runtime.
@@ -127,7 +127,8 @@ def _read_texts(
                 start = rows.stop
                 bar.advance(len(logits))
             own.append(to_weights.summary())
-            other.append(to_reference.summary())
+            told = {"removed_mass": reference[number].removed_mass}
+            other.append(to_reference.summary().model_copy(update=told))
     return own, other, effect
 
 

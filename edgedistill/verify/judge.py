@@ -23,6 +23,7 @@ from edgedistill.verify.rounding import write_rounding_costs
 
 TOKENS_PER_TEXT = 400
 IDS_FILE = "ids.json"
+REMOVED_FILE = "removed.json"
 # Beside the texts, whose names a recipe chooses.
 STRETCHES_FOLDER = "stretches"
 TWO_TURNS, LONG = "two_turns", "long"
@@ -40,11 +41,14 @@ class JudgedText:
         name: of the text.
         ids: the student's own token ids.
         log_probs: float32 [tokens, vocab], memory-mapped; row i predicts token i + 1.
+        removed_mass: mean probability that the judge gives to tokens that are not in ``vocab``,
+            where it knows more of them; None where it does not.
     """
 
     name: str
     ids: list[int]
     log_probs: npt.NDArray[np.float32]
+    removed_mass: float | None = None
 
 
 @dataclass(frozen=True)
@@ -97,17 +101,12 @@ def write_judge_logits(
     torch.set_num_threads(threads)
     tokenizer, where = load_tokenizer(student), str(student)
     longest = Student(student).facts.max_context_tokens
-    ids = {}
-    for name, text in texts.items():
-        read = read_as_used(tokenizer, text, chat, where=where)
-        ids[name] = read.ids[: min(longest, read.opening + TOKENS_PER_TEXT)]
-        if not ids[name]:
-            raise InputError(f"the text {name!r} has no tokens", where=where)
+    ids = read_texts(student, texts, chat)
     most = min(longest, context_tokens or longest)
     turns = read_two_turns(tokenizer, chat, most_tokens=most, where=where)
     with open_judge(student) as model:
         for name, tokens in ids.items():
-            np.save(dst / f"{name}.npy", _log_probs(model, tokens, (range(len(tokens)),)))
+            np.save(dst / f"{name}.npy", judge_log_probs(model, tokens, (range(len(tokens)),)))
         write_json(dst / IDS_FILE, ids)
         write_rounding_costs(model, ids, dst)
         folder = dst / STRETCHES_FOLDER
@@ -117,6 +116,23 @@ def write_judge_logits(
         if context_tokens is not None:
             long = read_long(tokenizer, texts.values(), chat, tokens=most, where=where)
             _write_stretches(model, folder, LONG, long, stretches_of(len(long)))
+
+
+def read_texts(student: Path, texts: Mapping[str, str], chat: Chat) -> dict[str, list[int]]:
+    """Name -> ids of the first tokens of each text, read as the student is used.
+
+    Raises:
+        InputError: a text without tokens; a chat template that refuses it.
+    """
+    tokenizer, where = load_tokenizer(student), str(student)
+    longest = Student(student).facts.max_context_tokens
+    ids = {}
+    for name, text in texts.items():
+        read = read_as_used(tokenizer, text, chat, where=where)
+        ids[name] = read.ids[: min(longest, read.opening + TOKENS_PER_TEXT)]
+        if not ids[name]:
+            raise InputError(f"the text {name!r} has no tokens", where=where)
+    return ids
 
 
 def stretches_of(tokens: int) -> tuple[range, ...]:
@@ -130,8 +146,12 @@ def stretches_of(tokens: int) -> tuple[range, ...]:
 def read_judge_logits(directory: Path) -> list[JudgedText]:
     """What :func:`write_judge_logits` wrote of the texts, log-probabilities memory-mapped."""
     ids = read_json(directory / IDS_FILE)
+    removed_file = directory / REMOVED_FILE
+    removed = read_json(removed_file) if removed_file.is_file() else {}
     return [
-        JudgedText(name, tokens, np.load(directory / f"{name}.npy", mmap_mode="r"))
+        JudgedText(
+            name, tokens, np.load(directory / f"{name}.npy", mmap_mode="r"), removed.get(name)
+        )
         for name, tokens in ids.items()
     ]
 
@@ -152,12 +172,12 @@ def read_judge_stretches(directory: Path, name: str) -> JudgedStretches | None:
 def _write_stretches(
     model: Any, folder: Path, name: str, ids: list[int], stretches: tuple[range, ...]
 ) -> None:
-    np.save(folder / f"{name}.npy", _log_probs(model, ids, stretches))
+    np.save(folder / f"{name}.npy", judge_log_probs(model, ids, stretches))
     described = {"ids": ids, "stretches": [[s.start, s.stop] for s in stretches]}
     write_json(folder / f"{name}.json", described)
 
 
-def _log_probs(
+def judge_log_probs(
     model: Any, ids: Sequence[int], stretches: tuple[range, ...]
 ) -> npt.NDArray[np.float32]:
     """float32 [positions of the stretches, vocab].
