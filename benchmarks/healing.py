@@ -1,0 +1,174 @@
+"""What healing mends of the demo's student without 4 of its 30 blocks, by each way to train it.
+
+    python benchmarks/healing.py --student DIR --work DIR [NAME ...]
+
+The student is SmolLM2-135M-Instruct as a float32 directory; the demo's adapter is merged into it,
+blocks are dropped by ``prune_depth``, and the rest is healed on ``train.jsonl`` of the demo.  All
+are then asked the same cases of the suite by ``transformers``.  Without names, everything that the
+JSON file lacks is run; every result is added to it as soon as it is known.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgedistill.calibration import Calibration
+from edgedistill.chat import Chat
+from edgedistill.healing_results import HEALING_FILE, Healing
+from edgedistill.memory import peak_rss_bytes
+from edgedistill.pruning_results import PRUNING_FILE, Pruning
+from edgedistill.stages.heal import Heal
+from edgedistill.stages.merge_lora import MergeLora
+from edgedistill.stages.prune_depth import PruneDepth
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT / "recipes" / "data" / "sentiment"
+TRAIN = DATA / "train.jsonl"
+RESULTS = ROOT / "benchmarks" / "results" / "healing.json"
+LAYERS = 4
+SAMPLE = 500  # cases, stratified
+CHAT = Chat(system="Rate the sentiment.")
+TEXT = Calibration(file=TRAIN, sequence_tokens=256)
+COMMON: dict[str, Any] = {
+    "tokens": 16384,
+    "batch_tokens": 512,
+    "held_out_tokens": 1024,
+    "evaluations": 4,
+    "calibration": TEXT,
+    "chat": CHAT,
+}
+RUNS: dict[str, dict[str, Any]] = {
+    "full-1e-4": {"learning_rate": 1e-4},
+    "full-3e-4": {"learning_rate": 3e-4},
+    "full-1e-3": {"learning_rate": 1e-3},
+    "lora-1e-3": {"trained": "lora", "learning_rate": 1e-3},
+    "lora-3e-3": {"trained": "lora", "learning_rate": 3e-3},
+}
+
+
+def main() -> None:
+    """Run what was named, or what the results lack."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--student", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of: {', '.join(RUNS)}")
+    arguments = parser.parse_args()
+    work: Path = arguments.work
+    work.mkdir(parents=True, exist_ok=True)
+    prepare(arguments.student, work)
+    for name in arguments.names or RUNS:
+        if name not in results():
+            heal(name, work)
+
+
+def prepare(student: Path, work: Path) -> None:
+    """The reference and the pruned student, and what the suite says of both."""
+    if not (work / "reference").exists():
+        MergeLora(adapter=DATA / "adapter").run(student, fresh(work / "reference.new"))
+        (work / "reference.new").rename(work / "reference")
+    if not (work / "pruned").exists():
+        stage = PruneDepth(layers=LAYERS, search_tokens=1024, calibration=TEXT, chat=CHAT)
+        stage.run(work / "reference", fresh(work / "pruned.new"))
+        (work / "pruned.new").rename(work / "pruned")
+    if "pruned" not in results():
+        keep("reference", asked("reference", work))
+        found = Pruning.model_validate_json((work / "pruned" / PRUNING_FILE).read_bytes())
+        keep("pruned", asked("pruned", work) | {"dropped": found.model_dump(exclude={"tried"})})
+
+
+def heal(name: str, work: Path) -> None:
+    """Heal the pruned student as a run says, and keep the curve and the suite's figures."""
+    fields = COMMON | RUNS[name]
+    out = fresh(work / name)
+    started = time.monotonic()
+    Heal(**fields).run_beside(work / "pruned", out, teacher=work / "reference", work=None)
+    seconds = round(time.monotonic() - started)
+    healed = Healing.model_validate_json((out / HEALING_FILE).read_bytes())
+    found = {"seconds": seconds, "peak_rss_bytes": peak_rss_bytes()}
+    keep(name, asked(name, work) | found | healed.model_dump())
+    shutil.rmtree(out)
+
+
+def asked(name: str, work: Path) -> dict[str, Any]:
+    """Accuracy, log-score, confidence and what is right of it, on the sample of the suite."""
+    from edgedistill.evaluate.calibration import CONFIDENT
+    from edgedistill.evaluate.cases import ChoiceCase
+    from edgedistill.evaluate.choices import weigh_choices
+    from edgedistill.evaluate.prompts import render_prompts
+    from edgedistill.evaluate.score import log_probs_of, score_cases
+    from edgedistill.evaluate.statistics import cross_entropy
+    from edgedistill.evaluate.suite import load_suite, sample_cases
+    from edgedistill.runtimes.torch_reference import TorchReference
+
+    loaded = sample_cases(load_suite([DATA / "suite.jsonl"]), SAMPLE)
+    cases = [case for case in loaded if isinstance(case, ChoiceCase)]
+    student = work / name
+    prompts = render_prompts(student, cases, CHAT, context_tokens=2048)
+    with TorchReference().open(student, context_tokens=2048, threads=1) as session:
+        scores = log_probs_of(score_cases(session, cases, prompts, student, CHAT))
+    np.savez(work / f"{name}.npz", **scores)  # type: ignore[arg-type]
+    with np.load(work / "reference.npz") as saved:
+        reference = {case.id: saved[case.id] for case in cases}
+    seen = weigh_choices(cases, reference, scores)
+    losses = [cross_entropy(scores[c.id], np.array(c.soft_label)) for c in cases]
+    bold = (seen.artifact_confidence >= CONFIDENT) & ~seen.artifact_right
+    columns = {
+        "accuracy": seen.artifact_right,
+        "log_score": losses,
+        "confidence": seen.artifact_confidence,
+        "confident": seen.artifact_confidence >= CONFIDENT,
+        "confident_wrong": bold,
+        "kl_to_reference": seen.divergence,
+    }
+    means = {k: round(float(np.average(v, weights=seen.weights)), 4) for k, v in columns.items()}
+    return {"cases": len(cases), **means, "slices": by_slice(cases, seen.weights, columns)}
+
+
+def by_slice(cases: Any, weights: Any, columns: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Accuracy and log-score of each slice."""
+    found = {}
+    for name in sorted({name for case in cases for name in case.slices}):
+        inside = np.array([name in case.slices for case in cases])
+        found[name] = {
+            key: round(
+                float(np.average(np.array(columns[key])[inside], weights=weights[inside])), 4
+            )
+            for key in ("accuracy", "log_score")
+        }
+    return found
+
+
+def fresh(directory: Path) -> Path:
+    """An empty directory."""
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    return directory
+
+
+def results() -> dict[str, Any]:
+    """What was measured so far."""
+    if not RESULTS.exists():
+        return {}
+    found: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8"))
+    return found
+
+
+def keep(name: str, found: dict[str, Any]) -> None:
+    """Add a result to the file, and tell it."""
+    RESULTS.parent.mkdir(exist_ok=True)
+    everything = {**results(), name: found, "machine": platform.machine()}
+    RESULTS.write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
+    hidden = {"curve", "slices", "dropped"}
+    print(name, json.dumps({k: v for k, v in found.items() if k not in hidden}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
