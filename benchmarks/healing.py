@@ -14,6 +14,7 @@ import argparse
 import json
 import platform
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -34,23 +35,33 @@ DATA = ROOT / "recipes" / "data" / "sentiment"
 TRAIN = DATA / "train.jsonl"
 RESULTS = ROOT / "benchmarks" / "results" / "healing.json"
 LAYERS = 4
+RECORDED_LINES = 400
 SAMPLE = 500  # cases, stratified
 CHAT = Chat(system="Rate the sentiment.")
 TEXT = Calibration(file=TRAIN, sequence_tokens=256)
 COMMON: dict[str, Any] = {
-    "tokens": 16384,
+    "tokens": 12288,
     "batch_tokens": 512,
     "held_out_tokens": 1024,
-    "evaluations": 4,
+    "evaluations": 3,
     "calibration": TEXT,
     "chat": CHAT,
 }
+ANSWERS = {"answer_weight": 20.0}
+# Text of the demo, with the slices that its suite has; written by `prepare`.
+TAILED = "tailed.jsonl"
 RUNS: dict[str, dict[str, Any]] = {
-    "full-1e-4": {"learning_rate": 1e-4},
     "full-3e-4": {"learning_rate": 3e-4},
-    "full-1e-3": {"learning_rate": 1e-3},
+    "full-3e-4-answers": {"learning_rate": 3e-4, **ANSWERS},
     "lora-1e-3": {"trained": "lora", "learning_rate": 1e-3},
+    "full-1e-3": {"learning_rate": 1e-3},
+    "full-1e-4": {"learning_rate": 1e-4},
+    "full-3e-4-answers-gate": {"learning_rate": 3e-4, **ANSWERS, "gate": 0.5},
+    "full-3e-4-answers-tail": {"learning_rate": 3e-4, **ANSWERS, "data": TAILED, "tail_power": 0.5},
     "lora-3e-3": {"trained": "lora", "learning_rate": 3e-3},
+    "full-3e-4-hidden": {"learning_rate": 3e-4, "hidden_weight": 1.0},
+    "recorded-words": {"learning_rate": 3e-4, "recorded": "words.jsonl"},
+    "recorded-top": {"learning_rate": 3e-4, "recorded": "top.jsonl"},
 }
 
 
@@ -59,13 +70,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--student", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="then start no other")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of: {', '.join(RUNS)}")
     arguments = parser.parse_args()
     work: Path = arguments.work
     work.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
     prepare(arguments.student, work)
     for name in arguments.names or RUNS:
-        if name not in results():
+        if name not in results() and time.monotonic() - started < arguments.seconds:
             heal(name, work)
 
 
@@ -78,15 +91,43 @@ def prepare(student: Path, work: Path) -> None:
         stage = PruneDepth(layers=LAYERS, search_tokens=1024, calibration=TEXT, chat=CHAT)
         stage.run(work / "reference", fresh(work / "pruned.new"))
         (work / "pruned.new").rename(work / "pruned")
+    if not (work / TAILED).exists():
+        write_tailed(work / TAILED)
     if "pruned" not in results():
         keep("reference", asked("reference", work))
         found = Pruning.model_validate_json((work / "pruned" / PRUNING_FILE).read_bytes())
         keep("pruned", asked("pruned", work) | {"dropped": found.model_dump(exclude={"tried"})})
 
 
+def write_tailed(file: Path) -> None:
+    """``train.jsonl`` with the slices that can be told from a text."""
+    sys.path.insert(0, str(ROOT / "recipes"))
+    from sentiment_data import text_slices  # type: ignore[import-not-found]
+
+    with file.open("w", encoding="utf-8") as out:
+        for line in TRAIN.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            row["slices"] = text_slices(row["messages"][-1]["content"])
+            out.write(json.dumps(row) + "\n")
+
+
+def record(file: Path, work: Path, top_k: int) -> None:
+    """The reference's answers to the first lines of ``train.jsonl``."""
+    from edgedistill.record_answers import RecordSettings, record_answers
+
+    if not file.exists():
+        settings = RecordSettings(CHAT, top_k=top_k, max_tokens=8, lines=RECORDED_LINES, threads=1)
+        record_answers(work / "reference", TRAIN, file, settings)
+
+
 def heal(name: str, work: Path) -> None:
     """Heal the pruned student as a run says, and keep the curve and the suite's figures."""
     fields = COMMON | RUNS[name]
+    for key in ("data", "recorded"):
+        if key in fields:
+            fields[key] = work / fields[key]
+    if "recorded" in fields:
+        record(fields["recorded"], work, 8 if name == "recorded-top" else 0)
     out = fresh(work / name)
     started = time.monotonic()
     Heal(**fields).run_beside(work / "pruned", out, teacher=work / "reference", work=None)

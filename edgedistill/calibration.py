@@ -25,6 +25,7 @@ from edgedistill.verify.prompts import common_prefix, read_as_used
 Ids = npt.NDArray[np.int64]
 Top = tuple[tuple[int, ...], tuple[float, ...]]
 
+SHOWN = 40  # characters
 LEAST_SHARE_OF_TEXT = 0.5  # of a sequence, once the conversation around the text is taken off
 
 
@@ -198,7 +199,7 @@ class _Reader:
             yield self._conversation(line).first(self.length)
 
     def _conversation(self, line: CalibrationLine) -> Piece:
-        if line.answer is None:
+        if line.answer is None or not line.answer.strip():  # an empty one teaches nothing
             return Piece(self._ids(self._asked(line)))
         answer = line.answer
         if self.reasoning is not None and line.reasoning is not None:
@@ -210,11 +211,11 @@ class _Reader:
         ids = self._ids(text)
         # Templates may trim an answer, but none can trim its middle.
         start = text.rfind(answer.strip())
-        if start < 0 or not answer.strip():
+        if start < 0:
             raise InputError(
-                "the chat template leaves no trace of the answer",
+                "the chat template does not write the answer as it is",
                 where=line.where,
-                hint="an empty answer teaches nothing; a template may take reasoning off",
+                hint="some take reasoning off: leave `reasoning` out",
             )
         before = common_prefix(self._ids(text[:start]), ids)
         through = common_prefix(self._ids(text[: start + len(answer.strip())]), ids)
@@ -232,6 +233,14 @@ class _Reader:
                 f"the student knows {self.vocab_size}",
                 where=line.where,
                 hint="tokens are ids of the student's own tokenizer",
+            )
+        said = self.tokenizer.decode(list(recorded.ids), skip_special_tokens=True)
+        if line.answer is not None and said != line.answer:
+            raise InputError(
+                f"its tokens say {said[:SHOWN]!r}, its answer {line.answer[:SHOWN]!r}",
+                where=line.where,
+                hint="tokens are ids of the student's own tokenizer; without them the answer's "
+                "words are learned",
             )
         piece = Piece(self._ids(self._asked(line)))
         tops: list[Top | None] = list(

@@ -94,7 +94,8 @@ class Heal(Stage):
         return True
 
     def cost(self, facts: DecoderFacts) -> StageCost:
-        """The teacher once, the student forwards and backwards; weights, gradients, AdamW's two."""
+        """A live teacher once, the student there and back; weights, gradients, AdamW's two."""
+        passes = 3.0 if self.recorded else 4.0
         measured = self.held_out_tokens * (self.evaluations + 2)
         # Weights, and of what is trained: gradient, two moments, the best so far.
         copies = 5 if self.trained == "full" else 1
@@ -103,7 +104,7 @@ class Heal(Stage):
         kept = 4 * facts.layers * (12 * facts.hidden_size + 4 * facts.ffn_size)
         activations = kept * self.calibration.sequence_tokens
         return StageCost(
-            4.0 * self.tokens + measured, 4 * copies * facts.parameters + activations + 2 * head
+            passes * self.tokens + measured, 4 * copies * facts.parameters + activations + 2 * head
         )
 
     def problems(self, facts: DecoderFacts, quantized: bool) -> list[str]:
