@@ -20,13 +20,14 @@ from edgedistill.distill_state import DistillState
 from edgedistill.errors import StageError
 from edgedistill.healing_results import HealingPoint
 from edgedistill.held_out import HEAD_POSITIONS, Head, mean_kl, run_blocks
+from edgedistill.learner import Learner
 from edgedistill.progress import Bar, progress_bar
 from edgedistill.student import Student
-from edgedistill.trainable_decoder import TrainableDecoder
 
 GRADIENT_NORM = 1.0  # larger ones are clipped
 WARMUP_SHARE = 0.05
 NO_TARGET = -100
+KNOWN_BYTES = 512 * 1024 * 1024  # of a teacher's hidden states that are kept for another pass
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Distillation:
 
     def __init__(
         self,
-        student: TrainableDecoder,
+        student: Learner,
         teacher: Student,
         settings: DistillSettings,
         work: Path | None = None,
@@ -85,9 +86,17 @@ class Distillation:
         self._settings = settings
         self._parameters = student.trained()
         self._optimizer = torch.optim.AdamW(
-            self._parameters, lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
+            [
+                {"params": [parameter], "share": share}
+                for parameter, share in zip(self._parameters, student.rates(), strict=True)
+            ],
+            lr=settings.learning_rate,
+            betas=(0.9, 0.95),
+            weight_decay=0.0,
         )
         self._work = work
+        # Last hidden states of the teacher on the text, where it is read more than once.
+        self._known: Tensor | None = None
 
     def train(self, ids: Tensor, held_out: Tensor) -> DistillState:
         """Train, and leave the student with the weights of the least held-out KL.
@@ -104,8 +113,11 @@ class Distillation:
         every = max(1, steps // self._settings.evaluations)
         with torch.no_grad():
             expected = self._teacher_hidden(held_out)
+            known_bytes = 4 * ids.numel() * self._teacher.facts.hidden_size
+            if steps * batch > len(ids) and known_bytes <= KNOWN_BYTES:
+                self._known = self._teacher_hidden(ids)
         state = self._begin(held_out, expected)
-        with progress_bar(steps, "healing") as bar:
+        with progress_bar(steps, "distilling") as bar:
             bar.advance(state.step)
             while state.step < steps and state.stale < self._settings.patience:
                 self._step(state, ids, batch, steps, bar)
@@ -116,10 +128,11 @@ class Distillation:
     def _begin(self, held_out: Tensor, expected: Tensor) -> DistillState:
         saved = DistillState.load(self._work, self._parameters, self._optimizer)
         if saved is not None:
+            self._student.settle()
             return saved
         kl = self._held_out_kl(held_out, expected)
         if not math.isfinite(kl):
-            raise StageError(f"the held-out KL is {kl} before any healing")
+            raise StageError(f"the held-out KL is {kl} before any training")
         first = HealingPoint(step=0, tokens=0, learning_rate=0.0, loss=None, held_out_kl=kl)
         return DistillState([first])
 
@@ -129,17 +142,19 @@ class Distillation:
             _sequence(state.step * batch + i, len(ids), self._settings.seed) for i in range(batch)
         ]
         with torch.no_grad():
-            expected = self._teacher_hidden(ids[rows])
+            expected = self._teacher_hidden(ids[rows]) if self._known is None else self._known[rows]
         positions = batch * ids.shape[1]
         losses = [
             self._backward(ids[row], expected[number], positions) for number, row in enumerate(rows)
         ]
+        self._student.collect()
         torch.nn.utils.clip_grad_norm_(self._parameters, GRADIENT_NORM)
         rate = self._settings.learning_rate * _schedule(state.step, steps)
         for group in self._optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["share"]
         self._optimizer.step()
         self._optimizer.zero_grad()
+        self._student.settle()
         state.took(sum(losses), rate)
         bar.advance()
 
@@ -183,7 +198,7 @@ class Distillation:
         if not math.isfinite(kl):
             raise StageError(
                 f"the held-out KL is {kl} after {state.step} steps",
-                hint="lower the learning_rate of heal",
+                hint="lower its learning_rate",
             )
         state.measured(kl, state.step * batch_tokens, self._parameters)
         state.save(self._work, self._parameters, self._optimizer)
@@ -202,13 +217,14 @@ class Distillation:
     def _finish(self, state: DistillState) -> DistillState:
         if state.best is None:
             raise StageError(
-                f"healing did not lower the held-out KL of {state.curve[0].held_out_kl:.4g}: "
+                f"training did not lower the held-out KL of {state.curve[0].held_out_kl:.4g}: "
                 f"at best it was {min(p.held_out_kl for p in state.curve[1:]):.4g}",
-                hint="lower the learning_rate of heal, or give it more tokens",
+                hint="lower its learning_rate, or give it more tokens",
             )
         with torch.no_grad():
             for parameter, best in zip(self._parameters, state.best, strict=True):
                 parameter.copy_(best)
+        self._student.settle()
         return state
 
 

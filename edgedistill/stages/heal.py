@@ -128,7 +128,7 @@ class Heal(Stage):
             raise InputError("heal has no teacher", hint="give `teacher`, a student directory")
         student = Student(src)
         self.refuse_misfit(student)
-        _refuse_other_tokenizer(src, teacher)
+        refuse_other_tokenizer(src, teacher)
         text = self._text(src)
         decoder = TrainableDecoder(student, self.trained, self.rank, self.calibration.seed)
         run = Distillation(decoder, Student(teacher), self._settings(), work)
@@ -172,7 +172,7 @@ class Heal(Stage):
         )
 
 
-def _refuse_other_tokenizer(student: Path, teacher: Path) -> None:
+def refuse_other_tokenizer(student: Path, teacher: Path) -> None:
     """Raise where the same text would be other ids to the teacher."""
     from edgedistill.content import sha256_file
 
