@@ -18,6 +18,8 @@ from edgedistill.errors import InputError
 from edgedistill.stage import Stage, StageCost
 
 if TYPE_CHECKING:
+    from edgedistill.distill import DistillSettings
+    from edgedistill.grid_learner import GridLearner
     from edgedistill.held_out import SplitText
     from edgedistill.student import Student
 
@@ -114,8 +116,7 @@ class Recover(Stage):
             InputError: there is no teacher; or text, teacher and student do not go together.
             StageError: the held-out KL did not fall.
         """
-        from edgedistill.distill import Distillation, DistillSettings
-        from edgedistill.grid_learner import GridLearner
+        from edgedistill.distill import Distillation
         from edgedistill.healing_results import Recovery
         from edgedistill.stages.heal import refuse_other_tokenizer
         from edgedistill.student import Student, StudentWriter
@@ -125,23 +126,8 @@ class Recover(Stage):
         student, reference = Student(src), Student(teacher)
         self.refuse_misfit(student)
         refuse_other_tokenizer(src, teacher)
-        text = self._text(src)
-        learner = GridLearner(
-            student,
-            self.trained,
-            origin=_origin(student, reference),
-            latent_rate=self.code_rate / self._rate(),
-        )
-        settings = DistillSettings(
-            tokens=self.tokens,
-            batch_tokens=self.batch_tokens,
-            learning_rate=self._rate(),
-            temperature=self.temperature,
-            evaluations=self.evaluations,
-            patience=self.patience,
-            seed=self.calibration.seed,
-        )
-        run = Distillation(learner, reference, settings, work)
+        text, learner = self.text(src), self.learner(student, reference)
+        run = Distillation(learner, reference, self.settings(), work)
         state = run.train(text.fitting, text.held_out)
         with StudentWriter(dst, student) as writer:
             for name, value in learner.written():
@@ -160,10 +146,23 @@ class Recover(Stage):
             curve=state.curve,
         ).write(dst)
 
-    def _rate(self) -> float:
-        return self.learning_rate or LEARNING_RATES[self.trained]
+    def learner(self, student: Student, reference: Student) -> GridLearner:
+        """What is trained of a quantized student."""
+        from edgedistill.grid_learner import GridLearner
 
-    def _text(self, src: Path) -> SplitText:
+        return GridLearner(
+            student,
+            self.trained,
+            origin=_origin(student, reference),
+            latent_rate=self.code_rate / self._rate,
+        )
+
+    def text(self, student: Path) -> SplitText:
+        """What it is trained and measured on.
+
+        Raises:
+            InputError: as :func:`edgedistill.calibration.calibration_ids`.
+        """
         from edgedistill.held_out import split_text
 
         length = self.calibration.sequence_tokens
@@ -171,7 +170,25 @@ class Recover(Stage):
         read = -(-self.tokens // (self.passes * length)) * length
         update = {"tokens": read + self.held_out_tokens}
         calibration = self.calibration.model_copy(update=update)
-        return split_text(src, calibration, self.chat, held_out_tokens=self.held_out_tokens)
+        return split_text(student, calibration, self.chat, held_out_tokens=self.held_out_tokens)
+
+    def settings(self) -> DistillSettings:
+        """Of the training."""
+        from edgedistill.distill import DistillSettings
+
+        return DistillSettings(
+            tokens=self.tokens,
+            batch_tokens=self.batch_tokens,
+            learning_rate=self._rate,
+            temperature=self.temperature,
+            evaluations=self.evaluations,
+            patience=self.patience,
+            seed=self.calibration.seed,
+        )
+
+    @property
+    def _rate(self) -> float:
+        return self.learning_rate or LEARNING_RATES[self.trained]
 
 
 def _origin(student: Student, reference: Student) -> Student | None:
