@@ -122,9 +122,13 @@ def check(recipe: RecipePath, student: StudentOption = None) -> None:
     """Check a recipe and everything that it names; say all that is wrong at once."""
 
     def run() -> int:
+        from edgedistill.low_bits import low_bit_warnings
         from edgedistill.recipe_load import load_recipe
 
         loaded = load_recipe(recipe, student)
+        if loaded.facts is not None:
+            for warning in low_bit_warnings(loaded.recipe, loaded.facts):
+                typer.echo(f"warning: {warning}", err=True)
         typer.echo(f"{recipe}: {loaded.recipe.name} is in order", err=True)
         return ExitCode.OK
 

@@ -19,9 +19,9 @@ from edgedistill.distill_state import DistillState
 from edgedistill.errors import StageError
 from edgedistill.healing_results import HealingPoint
 from edgedistill.held_out import HEAD_POSITIONS, run_blocks
+from edgedistill.learner import Learner
 from edgedistill.progress import Bar, progress_bar
 from edgedistill.student import Student
-from edgedistill.trainable_decoder import TrainableDecoder
 from edgedistill.training_text import TrainingText
 
 GRADIENT_NORM = 1.0  # larger ones are clipped
@@ -64,7 +64,7 @@ class Distillation:
 
     def __init__(
         self,
-        student: TrainableDecoder,
+        student: Learner,
         teacher: Student | None,
         settings: DistillSettings,
         work: Path | None = None,
@@ -74,7 +74,13 @@ class Distillation:
         self._settings = settings
         self._parameters = student.trained()
         self._optimizer = torch.optim.AdamW(
-            self._parameters, lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
+            [
+                {"params": [parameter], "share": share}
+                for parameter, share in zip(self._parameters, student.rates(), strict=True)
+            ],
+            lr=settings.learning_rate,
+            betas=(0.9, 0.95),
+            weight_decay=0.0,
         )
         self._work = work
 
@@ -92,9 +98,11 @@ class Distillation:
         batch = max(1, self._settings.batch_tokens // length)
         steps = max(1, self._settings.tokens // (batch * length))
         every = max(1, steps // self._settings.evaluations)
+        if steps * batch > len(text.ids):
+            self._teaching.remember(text)
         expected = self._teaching.targets(held_out, range(len(held_out.ids)))
         state = self._begin(held_out, expected)
-        with progress_bar(steps, "healing") as bar:
+        with progress_bar(steps, "distilling") as bar:
             bar.advance(state.step)
             while state.step < steps and state.stale < self._settings.patience:
                 self._step(state, text, batch, steps, bar)
@@ -105,10 +113,11 @@ class Distillation:
     def _begin(self, held_out: TrainingText, expected: list[Target]) -> DistillState:
         saved = DistillState.load(self._work, self._parameters, self._optimizer)
         if saved is not None:
+            self._student.settle()
             return saved
         kl = self._held_out_kl(held_out, expected)
         if not math.isfinite(kl):
-            raise StageError(f"the held-out KL is {kl} before any healing")
+            raise StageError(f"the held-out KL is {kl} before any training")
         first = HealingPoint(step=0, tokens=0, learning_rate=0.0, loss=None, held_out_kl=kl)
         return DistillState([first])
 
@@ -126,12 +135,14 @@ class Distillation:
             self._backward(text.ids[row], target, positions)
             for row, target in zip(rows, expected, strict=True)
         ]
+        self._student.collect()
         torch.nn.utils.clip_grad_norm_(self._parameters, GRADIENT_NORM)
         rate = self._settings.learning_rate * _schedule(state.step, steps)
         for group in self._optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["share"]
         self._optimizer.step()
         self._optimizer.zero_grad()
+        self._student.settle()
         state.took(sum(losses), rate)
         bar.advance()
 
@@ -163,7 +174,7 @@ class Distillation:
         if not math.isfinite(kl):
             raise StageError(
                 f"the held-out KL is {kl} after {state.step} steps",
-                hint="lower the learning_rate of heal",
+                hint="lower its learning_rate",
             )
         state.measured(kl, state.step * batch_tokens, self._parameters)
         state.save(self._work, self._parameters, self._optimizer)
@@ -182,13 +193,14 @@ class Distillation:
     def _finish(self, state: DistillState) -> DistillState:
         if state.best is None:
             raise StageError(
-                f"healing did not lower the held-out KL of {state.curve[0].held_out_kl:.4g}: "
+                f"training did not lower the held-out KL of {state.curve[0].held_out_kl:.4g}: "
                 f"at best it was {min(p.held_out_kl for p in state.curve[1:]):.4g}",
-                hint="lower the learning_rate of heal, or give it more tokens",
+                hint="lower its learning_rate, or give it more tokens",
             )
         with torch.no_grad():
             for parameter, best in zip(self._parameters, state.best, strict=True):
                 parameter.copy_(best)
+        self._student.settle()
         return state
 
 

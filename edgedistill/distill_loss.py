@@ -21,6 +21,8 @@ from edgedistill.held_out import Head, run_blocks
 from edgedistill.student import Student
 from edgedistill.training_text import TrainingText
 
+KNOWN_BYTES = 512 * 1024 * 1024  # of a teacher's hidden states that are kept for another pass
+
 
 @dataclass(frozen=True)
 class LossSettings:
@@ -60,6 +62,10 @@ class Target(ABC):
 
 class Teaching(ABC):
     """Where targets come from."""
+
+    @abstractmethod
+    def remember(self, text: TrainingText) -> None:
+        """Be told that a text will be read more than once."""
 
     @abstractmethod
     def targets(self, text: TrainingText, rows: Sequence[int]) -> list[Target]:
@@ -104,16 +110,29 @@ class _LiveTeacher(Teaching):
         self._decoder = DecoderForward(teacher)
         self._head = Head(teacher)
         self._settings = settings
+        self._known: tuple[TrainingText, Tensor] | None = None  # a text, and its hidden states
 
-    @torch.no_grad()
+    def remember(self, text: TrainingText) -> None:
+        """Ask the teacher about all of it now, where the answers find room."""
+        if 4 * text.ids.numel() * self._decoder.facts.hidden_size <= KNOWN_BYTES:
+            self._known = text, self._hidden(text.ids)
+
     def targets(self, text: TrainingText, rows: Sequence[int]) -> list[Target]:
-        """One pass of the teacher over all of them."""
-        hidden = self._decoder.embed(text.ids[list(rows)])
-        hidden = run_blocks(self._decoder, range(self._decoder.facts.layers), hidden)
+        """One pass of the teacher over all of them, where it was not asked before."""
+        if self._known is not None and self._known[0] is text:
+            hidden = self._known[1][list(rows)]
+        else:
+            hidden = self._hidden(text.ids[list(rows)])
         return [
             _TeacherTarget(self._head, states, text, row, self._settings)
             for states, row in zip(hidden, rows, strict=True)
         ]
+
+    @torch.no_grad()
+    def _hidden(self, ids: Tensor) -> Tensor:
+        """What leaves its last block: [sequences, tokens, hidden]."""
+        layers = range(self._decoder.facts.layers)
+        return run_blocks(self._decoder, layers, self._decoder.embed(ids))
 
 
 class _TeacherTarget(Target):
@@ -155,6 +174,9 @@ class _TeacherTarget(Target):
 
 
 class _Record(Teaching):
+    def remember(self, text: TrainingText) -> None:
+        """The text has it."""
+
     def targets(self, text: TrainingText, rows: Sequence[int]) -> list[Target]:
         return [_RecordTarget(text, row) for row in rows]
 

@@ -54,6 +54,11 @@ class Stage(BaseModel, ABC):
         """Whether a run that was killed goes on from what it left in a directory of its own."""
         return False
 
+    @property
+    def recovers(self) -> bool:
+        """Whether the stage makes up for what few bits lose, so that they need no warning."""
+        return False
+
     def run_beside(self, src: Path, dst: Path, *, teacher: Path | None, work: Path | None) -> None:
         """As :meth:`run`, with what the stage wants.
 

@@ -187,7 +187,7 @@ class Heal(Stage):
     def _teacher(self, student: Student, path: Path | None) -> Student:
         if path is None:
             raise InputError("heal has no teacher", hint="give `teacher`, a student directory")
-        _refuse_other_tokenizer(student.path, path)
+        refuse_other_tokenizer(student.path, path)
         teacher = Student(path)
         own, other = student.facts.hidden_size, teacher.facts.hidden_size
         if self.hidden_weight and own != other:
@@ -230,7 +230,7 @@ class Heal(Stage):
         )
 
 
-def _refuse_other_tokenizer(student: Path, teacher: Path) -> None:
+def refuse_other_tokenizer(student: Path, teacher: Path) -> None:
     """Raise where the same text would be other ids to the teacher."""
     from edgedistill.content import sha256_file
 
