@@ -239,7 +239,7 @@ def test_weights_that_are_not_numbers_are_told(tiny: Tiny, pruned: Path, tmp_pat
         return values
 
     broken = edited(pruned, tmp_path / "broken", change)
-    with pytest.raises(StageError, match="before any healing"):
+    with pytest.raises(StageError, match="before any training"):
         _heal(Heal(**BUDGET), broken, tmp_path / "out", tiny("llama"))
 
 
