@@ -60,11 +60,6 @@ class GridMatrix:
         self.weight = torch.empty(rows, columns, requires_grad=True)
         self.settle()
 
-    @property
-    def latent_rate(self) -> float:
-        """In steps of the grid for a step of a 2-bit grid: ranges, not steps, are comparable."""
-        return (self._grid.max_code + 1) / 4
-
     def trained(self) -> list[Tensor]:
         """``factor``, and ``latent`` if there is one."""
         return [self.factor] if self.latent is None else [self.factor, self.latent]
@@ -134,7 +129,7 @@ class GridLearner(Learner):
         student: its blocks' matrices quantized.
         trained: ``scales`` (with norms and biases), or ``codes`` as well.
         origin: the student before it was quantized, if that is known.
-        latent_rate: how fast latent numbers move, in steps of a 2-bit grid, when factors move by 1.
+        latent_rate: how fast latent numbers move, in steps of their grid, when factors move by 1.
     """
 
     def __init__(
@@ -174,7 +169,7 @@ class GridLearner(Learner):
         """1 for factors, the latents' rate for latents."""
         shares = [1.0] * len(self._vectors)
         for matrix in self._matrices.values():
-            shares += [1.0, self._latent_rate * matrix.latent_rate][: len(matrix.trained())]
+            shares += [1.0, self._latent_rate][: len(matrix.trained())]
         return shares
 
     def collect(self) -> None:

@@ -40,8 +40,7 @@ class Recover(Stage):
             the budget is spent by then.
         trained: ``codes`` trains codes, scales and norms; ``scales`` leaves the codes.
         learning_rate: at its peak, of the factors on scales and norms.
-        code_rate: at its peak, of codes: in steps of a 2-bit grid, and so many more steps on finer
-            ones as they have more codes.
+        code_rate: at its peak, of codes, in steps of their grid.
         temperature: of both softmaxes in the loss.
         batch_tokens: for a step of the optimizer, in whole sequences.
         held_out_tokens: of the text, never trained on, that the KL is measured on.
