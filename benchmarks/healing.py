@@ -24,7 +24,6 @@ import numpy as np
 from edgedistill.calibration import Calibration
 from edgedistill.chat import Chat
 from edgedistill.healing_results import HEALING_FILE, Healing
-from edgedistill.memory import peak_rss_bytes
 from edgedistill.pruning_results import PRUNING_FILE, Pruning
 from edgedistill.stages.heal import Heal
 from edgedistill.stages.merge_lora import MergeLora
@@ -35,15 +34,15 @@ DATA = ROOT / "recipes" / "data" / "sentiment"
 TRAIN = DATA / "train.jsonl"
 RESULTS = ROOT / "benchmarks" / "results" / "healing.json"
 LAYERS = 4
-RECORDED_LINES = 400
-SAMPLE = 500  # cases, stratified
+RECORDED_LINES = 300
+SAMPLE = 300  # cases, stratified
 CHAT = Chat(system="Rate the sentiment.")
 TEXT = Calibration(file=TRAIN, sequence_tokens=256)
 COMMON: dict[str, Any] = {
-    "tokens": 12288,
+    "tokens": 8192,
     "batch_tokens": 512,
     "held_out_tokens": 1024,
-    "evaluations": 3,
+    "evaluations": 2,
     "calibration": TEXT,
     "chat": CHAT,
 }
@@ -88,7 +87,7 @@ def prepare(student: Path, work: Path) -> None:
         MergeLora(adapter=DATA / "adapter").run(student, fresh(work / "reference.new"))
         (work / "reference.new").rename(work / "reference")
     if not (work / "pruned").exists():
-        stage = PruneDepth(layers=LAYERS, search_tokens=1024, calibration=TEXT, chat=CHAT)
+        stage = PruneDepth(layers=LAYERS, search_tokens=512, calibration=TEXT, chat=CHAT)
         stage.run(work / "reference", fresh(work / "pruned.new"))
         (work / "pruned.new").rename(work / "pruned")
     if not (work / TAILED).exists():
@@ -102,7 +101,7 @@ def prepare(student: Path, work: Path) -> None:
 def write_tailed(file: Path) -> None:
     """``train.jsonl`` with the slices that can be told from a text."""
     sys.path.insert(0, str(ROOT / "recipes"))
-    from sentiment_data import text_slices  # type: ignore[import-not-found]
+    from sentiment_data import text_slices
 
     with file.open("w", encoding="utf-8") as out:
         for line in TRAIN.read_text(encoding="utf-8").splitlines():
@@ -133,8 +132,7 @@ def heal(name: str, work: Path) -> None:
     Heal(**fields).run_beside(work / "pruned", out, teacher=work / "reference", work=None)
     seconds = round(time.monotonic() - started)
     healed = Healing.model_validate_json((out / HEALING_FILE).read_bytes())
-    found = {"seconds": seconds, "peak_rss_bytes": peak_rss_bytes()}
-    keep(name, asked(name, work) | found | healed.model_dump())
+    keep(name, asked(name, work) | {"seconds": seconds} | healed.model_dump())
     shutil.rmtree(out)
 
 
@@ -161,7 +159,7 @@ def asked(name: str, work: Path) -> dict[str, Any]:
     seen = weigh_choices(cases, reference, scores)
     losses = [cross_entropy(scores[c.id], np.array(c.soft_label)) for c in cases]
     bold = (seen.artifact_confidence >= CONFIDENT) & ~seen.artifact_right
-    columns = {
+    columns: dict[str, Any] = {
         "accuracy": seen.artifact_right,
         "log_score": losses,
         "confidence": seen.artifact_confidence,

@@ -100,7 +100,8 @@ def bucket_loss(logits: Tensor, ids: Tensor, log_probs: Tensor) -> Tensor:
     gaps = torch.where(shares > 0, log_probs - named, 0.0)
     left = (1.0 - shares.sum(-1)).clamp(min=0.0)
     # x log x is 0 at 0.
-    return (shares * gaps).sum(-1) + torch.special.xlogy(left, left) - left * others
+    loss: Tensor = (shares * gaps).sum(-1) + torch.special.xlogy(left, left) - left * others
+    return loss
 
 
 class _LiveTeacher(Teaching):
