@@ -55,7 +55,6 @@ RUNS: dict[str, dict[str, Any]] = {
     "lora-1e-3": {"trained": "lora", "learning_rate": 1e-3},
     "full-1e-3": {"learning_rate": 1e-3},
     "full-1e-4": {"learning_rate": 1e-4},
-    "full-3e-4-answers-gate": {"learning_rate": 3e-4, **ANSWERS, "gate": 0.5},
     "full-3e-4-answers-tail": {"learning_rate": 3e-4, **ANSWERS, "data": TAILED, "tail_power": 0.5},
     "lora-3e-3": {"trained": "lora", "learning_rate": 3e-3},
     "full-3e-4-hidden": {"learning_rate": 3e-4, "hidden_weight": 1.0},

@@ -31,14 +31,11 @@ class LossSettings:
     Attributes:
         temperature: of both softmaxes.
         next_token_weight: of the plain next-token loss that is added.
-        gate: from which probability on a teacher that foretells another token than an answer has
-            is not imitated there; the answer's token is learned instead.  None imitates always.
         hidden_weight: of 1 - cosine between the last hidden states, which is added.
     """
 
     temperature: float = 1.0
     next_token_weight: float = 0.0
-    gate: float | None = None
     hidden_weight: float = 0.0
 
 
@@ -143,7 +140,6 @@ class _TeacherTarget(Target):
         self._head = head
         self._hidden = hidden
         self._weights = text.weights[row]
-        self._answers = text.answers[row]
         ids = text.ids[row]
         self._next = torch.cat([ids[1:], ids[:1]])  # the last position has none
         self._has_next = torch.arange(len(ids)) < len(ids) - 1
@@ -154,10 +150,8 @@ class _TeacherTarget(Target):
         with torch.no_grad():
             expected = self._head.logits(self._hidden[rows])
         loss = soft_loss(logits, expected, settings.temperature)
-        if settings.gate is not None or settings.next_token_weight:
+        if settings.next_token_weight:
             plain = functional.cross_entropy(logits, self._next[rows], reduction="none")
-            if settings.gate is not None:
-                loss = torch.where(self._misled(rows, expected, settings.gate), plain, loss)
             loss = loss + settings.next_token_weight * plain * self._has_next[rows]
         if settings.hidden_weight:
             apart = 1.0 - functional.cosine_similarity(hidden, self._hidden[rows], dim=-1)
@@ -167,11 +161,6 @@ class _TeacherTarget(Target):
     def divergence(self, rows: slice, logits: Tensor) -> Tensor:
         expected = self._head.logits(self._hidden[rows])
         return (soft_loss(logits, expected, 1.0) * self._weights[rows]).sum()
-
-    def _misled(self, rows: slice, expected: Tensor, gate: float) -> Tensor:
-        """Where the teacher is sure of another token than the answer has."""
-        surest, token = expected.softmax(-1).max(-1)
-        return self._answers[rows] & (surest >= gate) & (token != self._next[rows])
 
 
 class _Record(Teaching):

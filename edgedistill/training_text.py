@@ -40,19 +40,17 @@ class TrainingText:
     Attributes:
         ids: int64 [sequences, tokens].
         weights: float32 [sequences, tokens]: of the loss at each position; their mean is 1.
-        answers: bool [sequences, tokens]: whether the next token is part of an answer.
         recorded: where no teacher is there to be asked.
     """
 
     ids: Tensor
     weights: Tensor
-    answers: Tensor
     recorded: Recorded | None = None
 
     @classmethod
     def plain(cls, ids: Tensor) -> TrainingText:
         """Text without answers, all of whose positions count alike."""
-        return cls(ids, torch.ones(ids.shape), torch.zeros(ids.shape, dtype=torch.bool))
+        return cls(ids, torch.ones(ids.shape))
 
 
 @dataclass(frozen=True)
@@ -137,7 +135,7 @@ def _text(pieces: Sequence[Piece], emphasis: Emphasis, where: str) -> TrainingTe
             "more held_out_tokens, where they are few",
         )
     recorded = _recorded(pieces, ids, where) if emphasis.recorded else None
-    return TrainingText(ids, weights * (ids.numel() / weights.sum()), answers, recorded)
+    return TrainingText(ids, weights * (ids.numel() / weights.sum()), recorded)
 
 
 def _recorded(pieces: Sequence[Piece], ids: Tensor, where: str) -> Recorded:

@@ -1,4 +1,4 @@
-"""Healing on answers: recorded ones, likeliest tokens, weights, gates; each by its definition."""
+"""Healing on answers: recorded ones, likeliest tokens, weights, states; each by its definition."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from typer.testing import CliRunner
 from edgedistill.calibration import Calibration, calibration_pieces
 from edgedistill.chat import Chat
 from edgedistill.cli import app
-from edgedistill.decoder_forward import DecoderForward
 from edgedistill.distill import Distillation
 from edgedistill.distill_loss import LossSettings, bucket_loss, teaching
 from edgedistill.errors import InputError
@@ -26,6 +25,7 @@ from edgedistill.stages.heal import Heal
 from edgedistill.student import Student
 from edgedistill.training_text import Emphasis, TrainingSplit, training_split
 from tests.pruned import empty, load, logits
+from tests.tiny import write_student
 
 Tiny = Callable[[str], Path]
 CHAT = Chat(system="Rate.")
@@ -131,7 +131,7 @@ def test_answers_alone_count_with_what_ends_them(
     tokenizer = load_tokenizer(student)
     text = _split(student, talks, Emphasis(recorded=True, reasoning=reasoning)).fitting
     spoken: list[str] = []
-    for ids, answers in zip(text.ids, text.answers, strict=True):
+    for ids, answers in zip(text.ids, text.weights > 0, strict=True):
         run: list[int] = []
         for place in range(LENGTH - 1):
             if answers[place]:
@@ -143,7 +143,7 @@ def test_answers_alone_count_with_what_ends_them(
     assert len(spoken) > 10
     assert set(spoken) <= written
     assert float(text.weights.mean()) == pytest.approx(1.0, rel=1e-5)
-    assert ((text.weights > 0) == text.answers).all()
+    assert (text.weights[:, -1] == 0).all()  # nothing is known to follow
 
 
 def load_tokenizer(student: Path) -> Any:
@@ -152,38 +152,35 @@ def load_tokenizer(student: Path) -> Any:
     return AutoTokenizer.from_pretrained(str(student), local_files_only=True)
 
 
-@pytest.mark.parametrize("gate", [None, 0.3])
-def test_the_loss_on_answers_is_what_transformers_says(
-    tiny: Tiny, pruned: Path, talks: Path, gate: float | None
-) -> None:
-    """Weights on answers, and the teacher's mistakes among them left out, written out by hand."""
-    student, teacher = pruned, tiny("llama")
-    text = _split(student, talks, Emphasis(answer_weight=7.0)).fitting
-    settings = LossSettings(gate=gate, next_token_weight=0.5)
-    # A random teacher is never right: let an answer say what it is surest of.
-    surest = logits(load(teacher), text.ids)[2].softmax(-1).max(-1)
-    place = int((surest.values * text.answers[2]).argmax())
-    text.ids[2, place + 1] = surest.indices[place]
-    own, other = (logits(load(path), text.ids) for path in (student, teacher))
+def _last_hidden(student: Path, ids: torch.Tensor) -> torch.Tensor:
+    """What enters the final norm in transformers: [sequences, tokens, hidden]."""
+    model, seen = load(student), []
+    model.model.norm.register_forward_pre_hook(lambda _, entered: seen.append(entered[0]))
+    logits(model, ids)
+    found: torch.Tensor = seen[0]
+    return found
+
+
+def test_the_loss_is_what_transformers_says(tiny: Tiny, pruned: Path, talks: Path) -> None:
+    """KL, next token and hidden states, with weights on answers, written out by hand."""
+    text = _split(pruned, talks, Emphasis(answer_weight=7.0)).fitting
+    own, other = (logits(load(path), text.ids)[2] for path in (pruned, tiny("llama")))
     p, log_q = other.softmax(-1), own.log_softmax(-1)
-    mean_weight = float(torch.where(text.answers, 7.0, 1.0).mean())
-    expected, gated = 0.0, 0
+    states, others = (_last_hidden(path, text.ids)[2] for path in (pruned, tiny("llama")))
+    answers = text.weights > text.weights.min()
+    mean_weight = float(torch.where(answers, 7.0, 1.0).mean())
+    expected = 0.0
     for place in range(LENGTH):
-        loss = float((p[2, place] * (p[2, place].log() - log_q[2, place])).sum())
+        loss = float((p[place] * (p[place].log() - log_q[place])).sum())
         if place + 1 < LENGTH:
-            plain = -float(log_q[2, place, text.ids[2, place + 1]])
-            wrong = int(p[2, place].argmax()) != int(text.ids[2, place + 1])
-            sure = gate is not None and float(p[2, place].max()) >= gate
-            if text.answers[2, place] and wrong and sure:
-                loss, gated = plain, gated + 1
-            loss += 0.5 * plain
-        expected += loss * (7.0 if text.answers[2, place] else 1.0) / mean_weight
-    assert gated == 0 if gate is None else 0 < gated < int(text.answers[2].sum())
-    (target,) = teaching(Student(teacher), settings).targets(text, [2])
-    decoder = DecoderForward(Student(student))
+            loss -= 0.5 * float(log_q[place, text.ids[2, place + 1]])
+        x, y = states[place].double(), others[place].double()
+        loss += 3.0 * (1.0 - float(x @ y / (x @ x * (y @ y)).sqrt()))
+        expected += loss * (7.0 if answers[2, place] else 1.0) / mean_weight
+    settings = LossSettings(next_token_weight=0.5, hidden_weight=3.0)
+    (target,) = teaching(Student(tiny("llama")), settings).targets(text, [2])
     found = sum(
-        float(target.loss(rows, own[2, rows], decoder.embed(text.ids[2])[rows]))
-        for rows in (slice(0, 80), slice(80, 160))
+        float(target.loss(rows, own[rows], states[rows])) for rows in (slice(0, 80), slice(80, 160))
     )
     assert found == pytest.approx(expected, rel=1e-4)
 
@@ -223,7 +220,7 @@ def test_a_student_learns_from_a_record_what_its_teacher_said(
     expected = logits(load(pruned), held_out.ids).log_softmax(-1)
     if not top_k:  # the divergence from words is their next-token loss
         plain = -expected[:, :-1].gather(2, held_out.ids[:, 1:, None])[..., 0]
-        mean = float(plain[held_out.answers[:, :-1]].mean())
+        mean = float(plain[held_out.weights[:, :-1] > 0].mean())
         assert found.kl_before == pytest.approx(mean, rel=1e-3)
 
 
@@ -239,7 +236,7 @@ def test_a_run_that_was_killed_ends_in_the_same_bytes(
 ) -> None:
     options: dict[str, dict[str, Any]] = {
         "recorded": {"recorded": talks},
-        "answers": {"answer_weight": 9.0, "gate": 0.3},
+        "answers": {"answer_weight": 9.0, "hidden_weight": 1.0, "trained": "lora"},
     }
     stage, work = Heal.model_validate(_budget(talks, **options[option])), empty(tmp_path / "work")
 
@@ -287,11 +284,27 @@ def test_rare_slices_are_drawn_earlier_by_the_stated_power(tiny: Tiny, tmp_path:
     assert rare_first(0.0, 40) < 0.15
 
 
+def test_states_of_another_width_cannot_be_matched(pruned: Path, tmp_path: Path) -> None:
+    teacher = write_student(tmp_path / "wide", hidden_size=96)
+    stage = Heal(teacher=teacher, hidden_weight=1.0)
+    (problem,) = stage.problems(Student(pruned).facts, quantized=False)
+    assert "states have 96 numbers, the student's 64" in problem
+    assert Heal(teacher=teacher).problems(Student(pruned).facts, quantized=False) == []
+    with pytest.raises(InputError, match="states have 96 numbers"):  # found out while running
+        Heal(hidden_weight=1.0).run_beside(
+            pruned, empty(tmp_path / "out"), teacher=teacher, work=None
+        )
+
+
 def test_what_means_nothing_beside_a_record_is_refused(pruned: Path, talks: Path) -> None:
     facts = Student(pruned).facts
-    stage = Heal(recorded=talks, data=talks, temperature=2.0, gate=0.5)
+    stage = Heal(recorded=talks, data=talks, temperature=2.0, hidden_weight=0.5)
     problems = stage.problems(facts, quantized=False)
-    assert [problem.partition(":")[0] for problem in problems] == ["data", "temperature", "gate"]
+    assert [problem.partition(":")[0] for problem in problems] == [
+        "data",
+        "temperature",
+        "hidden_weight",
+    ]
     assert Heal(recorded=talks).problems(facts, quantized=False) == []
 
 

@@ -46,8 +46,6 @@ class Heal(Stage):
         temperature: of both softmaxes in the loss.
         next_token_weight: of the plain next-token loss, added to the KL.
         answer_weight: of a position that predicts a token of an answer, where others count 1.
-        gate: a teacher that is at least so sure of another token than an answer has is not
-            imitated there; the answer's token is learned.  By default it always is.
         hidden_weight: of 1 - cosine between the last hidden states, added to the KL.
         tail_power: how much earlier lines of rare ``slices`` are read: with odds of
             ``count ** -tail_power``.
@@ -72,7 +70,6 @@ class Heal(Stage):
     temperature: Annotated[float, Field(gt=0.0, le=100.0)] = 1.0
     next_token_weight: Annotated[float, Field(ge=0.0, le=100.0)] = 0.0
     answer_weight: Annotated[float, Field(gt=0.0, le=1000.0)] = 1.0
-    gate: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     hidden_weight: Annotated[float, Field(ge=0.0, le=1000.0)] = 0.0
     tail_power: Annotated[float, Field(ge=0.0, le=2.0)] = 0.0
     learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
@@ -140,7 +137,6 @@ class Heal(Stage):
             "temperature": self.temperature != 1.0,
             "next_token_weight": self.next_token_weight != 0.0,
             "answer_weight": self.answer_weight != 1.0,
-            "gate": self.gate is not None,
             "hidden_weight": self.hidden_weight != 0.0,
         }
         return [
@@ -221,9 +217,7 @@ class Heal(Stage):
             tokens=self.tokens,
             batch_tokens=self.batch_tokens,
             learning_rate=self.learning_rate or LEARNING_RATES[self.trained],
-            loss=LossSettings(
-                self.temperature, self.next_token_weight, self.gate, self.hidden_weight
-            ),
+            loss=LossSettings(self.temperature, self.next_token_weight, self.hidden_weight),
             evaluations=self.evaluations,
             patience=self.patience,
             seed=self.calibration.seed,
