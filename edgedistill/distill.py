@@ -93,6 +93,7 @@ class Distillation:
             lr=settings.learning_rate,
             betas=(0.9, 0.95),
             weight_decay=0.0,
+            fused=True,
         )
         self._work = work
         # Last hidden states of the teacher on the text, where it is read more than once.
