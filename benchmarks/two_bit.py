@@ -1,12 +1,12 @@
 """What recovery gives behind GPTQ: at 2 bits with codes, at 4 with scales alone.
 
-    python benchmarks/two_bit.py --student DIR --work DIR            # hours of one thread
-    python benchmarks/two_bit.py --student DIR --work DIR --only int4
+    python benchmarks/two_bit.py --student DIR --work DIR --tokens 24576 262144 --case int2
+    python benchmarks/two_bit.py --student DIR --work DIR --tokens 16384 --case int4
 
 SmolLM2-135M off its grid; all linears at 2 bits (group 64) or 4 (group 32, fixed zero), embedding
 at 8.  GPTQ and recovery read the same text, every other topic of the Python manual; judged are the
 rest of it and reviews, as in ``benchmarks/gptq.py``: every point of the curve on 2,048 tokens a
-text by our own float32 decoder, what was written on 20,480 a text by ``transformers``.  A run that
+text by our own float32 decoder, what was written on 10,240 a text by ``transformers``.  A run that
 was killed goes on.
 """
 
@@ -42,34 +42,39 @@ from edgedistill.student import Student, StudentWriter
 from edgedistill.training_text import TrainingText
 
 ROOT = Path(__file__).resolve().parents[1]
-GPTQ_TOKENS, CURVE_TOKENS, FINAL_TOKENS, SEQUENCE_TOKENS = 16384, 2048, 20480, 512
+GPTQ_TOKENS, CURVE_TOKENS, FINAL_TOKENS, SEQUENCE_TOKENS = 16384, 2048, 10240, 512
+POINT_TOKENS = 16384  # between two points of the curve of a large budget
+TEXT_TOKENS = 49152  # that are read again where the budget is larger
+COMMON: dict[str, Any] = {"batch_tokens": 1024, "held_out_tokens": 2048, "patience": 1000}
 CASES: dict[str, tuple[MatrixGrids, Recover]] = {
-    "int2": (
-        MatrixGrids(bits=2),
-        Recover(trained="codes", tokens=327680, passes=6, held_out_tokens=2048, patience=100),
-    ),
+    "int2": (MatrixGrids(bits=2), Recover(trained="codes", **COMMON)),
     "int4": (
         MatrixGrids(bits=4, group_size=32, zero="fixed"),
-        Recover(trained="scales", tokens=32768, passes=1, held_out_tokens=2048, patience=100),
+        Recover(trained="scales", **COMMON),
     ),
 }
 Logits = Callable[[Tensor], Tensor]
 
 
-def distances(judge: Logits, judged: Logits, ids: Tensor) -> dict[str, float]:
-    """Mean KL in nats and both perplexities on sequences [count, tokens]."""
-    kl = own = other = 0.0
+def distances(judge: Logits, judged: dict[str, Logits], ids: Tensor) -> dict[str, dict[str, float]]:
+    """Mean KL in nats and both perplexities of each, on sequences [count, tokens]."""
+    totals = {name: torch.zeros(3, dtype=torch.float64) for name in judged}
     with torch.inference_mode():
         for sequence in ids:
-            p, q = (run(sequence[None])[0].log_softmax(-1) for run in (judge, judged))
-            kl += float((p.exp() * (p - q)).sum(dtype=torch.float64))
-            own -= float(p[:-1].gather(1, sequence[1:, None]).sum(dtype=torch.float64))
-            other -= float(q[:-1].gather(1, sequence[1:, None]).sum(dtype=torch.float64))
+            p, said = judge(sequence[None])[0].log_softmax(-1), sequence[1:, None]
+            for name, run in judged.items():
+                q = run(sequence[None])[0].log_softmax(-1)
+                kl = (p.exp() * (p - q)).sum(dtype=torch.float64)
+                losses = [-x[:-1].gather(1, said).sum(dtype=torch.float64) for x in (q, p)]
+                totals[name] += torch.stack([kl, *losses])
     predicted = len(ids) * (ids.shape[1] - 1)
     return {
-        "kl": round(kl / ids.numel(), 4),
-        "perplexity": round(math.exp(other / predicted), 2),
-        "perplexity_of_student": round(math.exp(own / predicted), 2),
+        name: {
+            "kl": round(float(kl) / ids.numel(), 4),
+            "perplexity": round(math.exp(own / predicted), 2),
+            "perplexity_of_student": round(math.exp(its / predicted), 2),
+        }
+        for name, (kl, own, its) in totals.items()
     }
 
 
@@ -110,7 +115,7 @@ class Watched(Distillation):
     def _evaluate(self, state: DistillState, *arguments: Any) -> None:
         super()._evaluate(state, *arguments)
         found = {
-            name: distances(self._float.logits, self._student.logits, ids)
+            name: distances(self._float.logits, {"now": self._student.logits}, ids)["now"]
             for name, ids in self._judged.items()
         }
         took = {"cpu_seconds": round(time.process_time() - self._started)}
@@ -186,10 +191,19 @@ def bits_per_weight(student: Student) -> float:
     return bits / facts.parameters
 
 
-def measure(case: str, student: Path, work: Path, texts: dict[str, Path]) -> dict[str, Any]:
-    """Quantize, judge, recover, judge."""
+def measure(
+    case: str, tokens: int, student: Path, work: Path, texts: dict[str, Path]
+) -> dict[str, Any]:
+    """Quantize, recover with a budget, judge both."""
     choice, stage = CASES[case]
-    quantized, recovered = work / f"{case}.gptq", work / f"{case}.recovered"
+    stage = stage.model_copy(
+        update={
+            "tokens": tokens,
+            "passes": -(-tokens // TEXT_TOKENS),
+            "evaluations": max(4, tokens // POINT_TOKENS),
+        }
+    )
+    quantized, recovered = work / f"{case}.gptq", work / f"{case}.recovered-{tokens}"
     took = quantize(student, quantized, texts["calibration"], choice)
     found = recover(
         student,
@@ -204,9 +218,9 @@ def measure(case: str, student: Path, work: Path, texts: dict[str, Path]) -> dic
         "bits_per_weight": round(bits_per_weight(Student(quantized)), 3),
         "gptq_cpu_seconds": took,
     }
-    for name, path in (("gptq", quantized), ("recovered", recovered)):
-        model = transformers_logits(path)
-        result[name] = {text: distances(judge, model, ids) for text, ids in judged.items()}
+    models = {"gptq": quantized, "recovered": recovered}
+    runs = {name: transformers_logits(path) for name, path in models.items()}
+    result |= {text: distances(judge, runs, ids) for text, ids in judged.items()}
     return {**result, "recovery": found}
 
 
@@ -215,7 +229,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--student", type=Path, required=True, help="SmolLM2-135M, a directory")
     parser.add_argument("--work", type=Path, required=True, help="for texts, weights, checkpoints")
-    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--case", choices=CASES, default="int2")
+    parser.add_argument("--tokens", nargs="+", type=int, required=True, help="budgets, a run each")
     parser.add_argument("--again", action="store_true", help="measure what is known too")
     default = ROOT / "benchmarks" / "results" / "two_bit.json"
     parser.add_argument("--out", type=Path, default=default)
@@ -226,11 +241,12 @@ def main() -> None:
         student.mkdir(exist_ok=True)
         take_off_grid(Student(arguments.student), student)
     texts = write_texts(arguments.work)
-    for case in arguments.only:
+    for tokens in arguments.tokens:
         found = json.loads(arguments.out.read_text("utf-8")) if arguments.out.exists() else {}
-        if case in found and not arguments.again:
+        runs = found.setdefault(arguments.case, {})
+        if str(tokens) in runs and not arguments.again:
             continue
-        found[case] = measure(case, student, arguments.work, texts)
+        runs[str(tokens)] = measure(arguments.case, tokens, student, arguments.work, texts)
         found["settings"] = {
             "gptq_tokens": GPTQ_TOKENS,
             "evaluation_tokens_a_text": FINAL_TOKENS,

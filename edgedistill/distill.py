@@ -81,6 +81,7 @@ class Distillation:
             lr=settings.learning_rate,
             betas=(0.9, 0.95),
             weight_decay=0.0,
+            fused=True,
         )
         self._work = work
 

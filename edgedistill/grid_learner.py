@@ -27,7 +27,7 @@ GridTrained = Literal["scales", "codes"]
 FloatArray = npt.NDArray[np.float32]
 
 # How far from its code towards the edge of what rounds to it a latent number may start.
-START_SHARE = 0.9
+START_SHARE = 0.0
 
 
 class GridMatrix:

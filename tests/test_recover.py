@@ -97,7 +97,7 @@ def _matrix(grid: Grid, *, codes: bool) -> tuple[GridMatrix, QTensor, npt.NDArra
 def _loss_and_gradients(matrix: GridMatrix, towards: torch.Tensor) -> float:
     """Of a loss that is linear in the weights, whose finite differences are exact."""
     loss = (matrix.weight * towards).sum()
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     matrix.collect()
     return float(loss.detach())
 
@@ -271,7 +271,7 @@ def test_what_cannot_be_recovered_is_refused(
     (other / "tokenizer.json").write_text(text + "\n", encoding="utf-8")
     with pytest.raises(InputError, match="another tokenizer"):
         _recover(Recover(**BUDGET), quantized(bits=2), tmp_path / "out", other)
-    worse = Recover(**BUDGET | {"learning_rate": 1.0, "code_rate": 1.0})
+    worse = Recover(**BUDGET | {"learning_rate": 1.0, "reach": 50.0})
     with pytest.raises(StageError, match=r"did not lower|held-out KL is"):
         _recover(worse, quantized(bits=4), tmp_path / "worse", tiny("llama"))
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from edgedistill.student import Student
 
 # Of factors that start at 1.  Where codes move too, scales have less to make up for.
-LEARNING_RATES = {"scales": 1e-3, "codes": 1e-3}
+LEARNING_RATES = {"scales": 2e-3, "codes": 2e-3}
 
 
 class Recover(Stage):
@@ -40,7 +40,8 @@ class Recover(Stage):
             the budget is spent by then.
         trained: ``codes`` trains codes, scales and norms; ``scales`` leaves the codes.
         learning_rate: at its peak, of the factors on scales and norms.
-        code_rate: at its peak, of codes, in steps of their grid.
+        reach: how many steps of its grid a code goes whose gradient never changes sign: where it
+            does, codes stay, so that few tokens move few codes.
         temperature: of both softmaxes in the loss.
         batch_tokens: for a step of the optimizer, in whole sequences.
         held_out_tokens: of the text, never trained on, that the KL is measured on.
@@ -55,7 +56,7 @@ class Recover(Stage):
     passes: Annotated[int, Field(ge=1)] = 1
     trained: Literal["scales", "codes"] = "codes"
     learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
-    code_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 0.01
+    reach: Annotated[float, Field(gt=0.0, le=100.0)] = 1.0
     temperature: Annotated[float, Field(gt=0.0, le=100.0)] = 1.0
     batch_tokens: Annotated[int, Field(ge=16)] = 2048
     held_out_tokens: Annotated[int, Field(ge=32)] = 4096
@@ -155,7 +156,8 @@ class Recover(Stage):
             student,
             self.trained,
             origin=_origin(student, reference),
-            latent_rate=self.code_rate / self._rate,
+            # Over a warm-up and a cosine the rate is half of its peak on average.
+            latent_rate=2 * self.reach / (self._steps * self._rate),
         )
 
     def text(self, student: Path) -> SplitText:
@@ -187,6 +189,10 @@ class Recover(Stage):
             patience=self.patience,
             seed=self.calibration.seed,
         )
+
+    @property
+    def _steps(self) -> int:
+        return max(1, self.tokens // self.batch_tokens)
 
     @property
     def _rate(self) -> float:
