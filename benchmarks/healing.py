@@ -5,7 +5,8 @@
 The student is SmolLM2-135M-Instruct as a float32 directory; the demo's adapter is merged into it,
 blocks are dropped by ``prune_depth``, and the rest is healed on ``train.jsonl`` of the demo.  All
 are then asked the same cases of the suite by ``transformers``.  Without names, everything that the
-JSON file lacks is run; every result is added to it as soon as it is known.
+JSON file lacks is run; every result is added to it as soon as it is known, and a run that was
+stopped goes on from its last evaluation.
 """
 
 from __future__ import annotations
@@ -126,13 +127,15 @@ def heal(name: str, work: Path) -> None:
             fields[key] = work / fields[key]
     if "recorded" in fields:
         record(fields["recorded"], work, 8 if name == "recorded-top" else 0)
-    out = fresh(work / name)
-    started = time.monotonic()
-    Heal(**fields).run_beside(work / "pruned", out, teacher=work / "reference", work=None)
-    seconds = round(time.monotonic() - started)
+    out, state = work / name, work / f"{name}.state"
+    if not (out / HEALING_FILE).exists():  # else it was healed, and stopped before it was asked
+        state.mkdir(exist_ok=True)
+        stage = Heal(**fields)
+        stage.run_beside(work / "pruned", fresh(out), teacher=work / "reference", work=state)
     healed = Healing.model_validate_json((out / HEALING_FILE).read_bytes())
-    keep(name, asked(name, work) | {"seconds": seconds} | healed.model_dump())
-    shutil.rmtree(out)
+    keep(name, asked(name, work) | healed.model_dump())
+    for directory in (out, state):
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def asked(name: str, work: Path) -> dict[str, Any]:
