@@ -75,8 +75,8 @@ class Distillation:
         self._parameters = student.trained()
         self._optimizer = torch.optim.AdamW(
             [
-                {"params": [parameter], "share": share}
-                for parameter, share in zip(self._parameters, student.rates(), strict=True)
+                {"params": [parameter], "share": pace.rate, "eps": pace.damping}
+                for parameter, pace in zip(self._parameters, student.paces(), strict=True)
             ],
             lr=settings.learning_rate,
             betas=(0.9, 0.95),
@@ -136,8 +136,8 @@ class Distillation:
             self._backward(text.ids[row], target, positions)
             for row, target in zip(rows, expected, strict=True)
         ]
-        self._student.collect()
         torch.nn.utils.clip_grad_norm_(self._parameters, GRADIENT_NORM)
+        self._student.collect()
         rate = self._settings.learning_rate * _schedule(state.step, steps)
         for group in self._optimizer.param_groups:
             group["lr"] = rate * group["share"]

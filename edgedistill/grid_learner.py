@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from edgedistill.learner import Learner
+from edgedistill.learner import Learner, Pace
 from edgedistill.quantized import QTensor
 from edgedistill.stages.quantize_rtn import shorten
 from edgedistill.student import Student
@@ -27,7 +27,11 @@ GridTrained = Literal["scales", "codes"]
 FloatArray = npt.NDArray[np.float32]
 
 # How far from its code towards the edge of what rounds to it a latent number may start.
-START_SHARE = 0.0
+START_SHARE = 0.9
+# Against gradients of size 1: what moves a code is then how much it counts, not its sign alone.
+# Without it all latents walk at one pace, and half of the codes flip by noise, many at once.
+LATENT_DAMPING = 3.0
+TINY = 1e-30  # the gradient of a matrix that nothing depends on
 
 
 class GridMatrix:
@@ -65,13 +69,18 @@ class GridMatrix:
         return [self.factor] if self.latent is None else [self.factor, self.latent]
 
     def collect(self) -> None:
-        """From the gradient of ``weight``, which is taken away, those of what is trained."""
+        """From the gradient of ``weight``, which is taken away, those of what is trained.
+
+        That of ``latent`` is in units of its root mean square over the matrix.
+        """
         assert self.weight.grad is not None  # every matrix takes part in every logit
         gradient = self.weight.grad.view(self._groups)
         self.weight.grad = None
         self.factor.grad = (gradient * self._steps()).sum(-1) * self._scale
         if self.latent is not None:
-            self.latent.grad = gradient.mul_(self._stored()[..., None])
+            gradient *= self._stored()[..., None]
+            size = torch.linalg.vector_norm(gradient) / gradient.numel() ** 0.5
+            self.latent.grad = gradient.div_(size.clamp_min(TINY))
 
     def settle(self) -> None:
         """Keep latents within the grid; make ``weight`` anew."""
@@ -165,12 +174,10 @@ class GridLearner(Learner):
         vectors = [factor for _, factor in self._vectors.values()]
         return vectors + [part for m in self._matrices.values() for part in m.trained()]
 
-    def rates(self) -> list[float]:
-        """1 for factors, the latents' rate for latents."""
-        shares = [1.0] * len(self._vectors)
-        for matrix in self._matrices.values():
-            shares += [1.0, self._latent_rate][: len(matrix.trained())]
-        return shares
+    def paces(self) -> list[Pace]:
+        """Factors as they are, latents at their own rate, damped."""
+        latent = Pace(self._latent_rate, LATENT_DAMPING)
+        return [latent if part.ndim == 3 else Pace() for part in self.trained()]
 
     def collect(self) -> None:
         """By the chain rule, from the weights to factors and latents."""

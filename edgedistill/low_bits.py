@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from edgedistill.decoder import DecoderFacts
 from edgedistill.recipe import Recipe
 
-PRICE = "PRICE_TO_BE_MEASURED"
+# SmolLM2-135M, group 64, technical text: 28.4 as float, 230 by sequential GPTQ.
+PRICE = "by GPTQ alone the perplexity of SmolLM2-135M rose to 8 times its own"
 
 
 def low_bit_warnings(recipe: Recipe, facts: DecoderFacts) -> Iterator[str]:

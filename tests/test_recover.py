@@ -112,6 +112,9 @@ def test_gradients_are_the_differences_that_steps_make(grid: Grid) -> None:
     assert matrix.latent.grad is not None
     latent_gradient, factor_gradient = matrix.latent.grad.clone(), matrix.factor.grad
     assert factor_gradient is not None
+    # Latents are told it in units of its root mean square.
+    steps_cost = towards.numpy() * np.repeat(rounded.scales.astype(np.float64), grid.group_size, 1)
+    size = np.sqrt(np.square(steps_cost).mean())
     zeros = rounded.zero_points().astype(int)
     for row, column in [(0, 0), (2, 70), (5, 127)]:
         group, place = divmod(column, grid.group_size)
@@ -122,7 +125,7 @@ def test_gradients_are_the_differences_that_steps_make(grid: Grid) -> None:
             matrix.latent[row, group, place] = code - zeros[row, group] + step
         matrix.settle()
         moved = _loss_and_gradients(matrix, towards) - before
-        expected = step * float(latent_gradient[row, group, place])
+        expected = step * size * float(latent_gradient[row, group, place])
         assert moved == pytest.approx(expected, rel=1e-3, abs=2e-5)
         with torch.no_grad():
             matrix.latent[row, group, place] = was
