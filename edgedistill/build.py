@@ -15,6 +15,7 @@ from edgedistill.cache import Cache
 from edgedistill.decoder import DecoderFacts
 from edgedistill.disk import disk_error
 from edgedistill.kept_scores import keep_scores
+from edgedistill.low_bits import low_bit_warnings
 from edgedistill.lowered import lowered_clauses, read_manifests
 from edgedistill.manifest import make_manifest
 from edgedistill.pipeline import Pipeline, Say, say
@@ -76,6 +77,8 @@ def build(options: Options, tell: Say = say) -> tuple[BuildReport, Path]:
     """
     started, clock = datetime.now(UTC), time.monotonic()
     prepared = prepare(options)
+    for warning in low_bit_warnings(prepared.recipe, prepared.facts):
+        tell(f"warning: {warning}")
     pipeline = Pipeline(Cache(options.cache), tell)
     step_reports = pipeline.run(prepared.steps.ordered())
     _warn_of_memory(prepared.recipe, step_reports, tell)

@@ -6,38 +6,38 @@ A text is read as the model is used, as the user's message of a conversation (se
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
+from edgedistill.calibration_lines import CalibrationLine, calibration_lines
 from edgedistill.chat import Chat, load_tokenizer, render_conversation
 from edgedistill.errors import InputError
 from edgedistill.student import Student
-from edgedistill.verify.prompts import read_as_used
-from edgedistill.verify.texts import load_texts
+from edgedistill.verify.prompts import common_prefix, read_as_used
 
 Ids = npt.NDArray[np.int64]
+Top = tuple[tuple[int, ...], tuple[float, ...]]
 
-# A long text is cut into passages of so many characters for each token of a sequence, some two
-# sequences each, so that a small budget still sees many places of it.
-PASSAGE_CHARACTERS_PER_TOKEN = 8
 WHOLE_TEXT_PASSAGE_TOKENS = 512  # where all of a text is read
+SHOWN = 40  # characters
 LEAST_SHARE_OF_TEXT = 0.5  # of a sequence, once the conversation around the text is taken off
-LINE_HINT = 'a line is {"text": ...} or {"messages": [{"role": ..., "content": ...}]}'
 
 
 class Calibration(BaseModel):
     """The text that a student is calibrated on.
 
     Attributes:
-        file: JSON lines (``.jsonl``) with ``text`` or ``messages`` each, as training data has them
-            (the right one of ``choices`` is the answer), or plain text; None for the three short
-            texts that every artifact is verified on, some 1,500 tokens, of which all are used.
+        file: JSON lines (``.jsonl``) with ``text``, ``messages``, or ``prompt`` and ``answer``
+            each, as training data has them (the right one of ``choices`` is the answer), or plain
+            text; None for the three short texts that every artifact is verified on, some 1,500
+            tokens, of which all are used.
         tokens: how many are used; what a file holds beyond them is left out.
         sequence_tokens: length of a sequence, never over the student's context.
         seed: of the order in which lines and passages are taken.
@@ -51,21 +51,33 @@ class Calibration(BaseModel):
     seed: Annotated[int, Field(ge=0)] = 0
 
 
-class _Message(BaseModel):
-    role: str
-    content: str
+@dataclass
+class Piece:
+    """A conversation, or a part of a text, as ids; equal lengths.
 
+    Attributes:
+        ids: of all of it.
+        answers: whether each is part of the assistant's last answer, or ends it.
+        tops: what a teacher found likeliest in the place of each, where that was recorded.
+    """
 
-class _Line(BaseModel):
-    """What is read of a JSON line; its other keys are for others."""
+    ids: list[int]
+    answers: list[bool] = field(default_factory=list)
+    tops: list[Top | None] = field(default_factory=list)
 
-    text: str | None = None
-    messages: list[_Message] | None = Field(default=None, min_length=1)
-    choices: list[str] | None = None
-    answer: Any = None
+    def __post_init__(self) -> None:
+        self.answers = self.answers or [False] * len(self.ids)
+        self.tops = self.tops or [None] * len(self.ids)
 
+    def first(self, tokens: int) -> Piece:
+        """Its beginning."""
+        return Piece(self.ids[:tokens], self.answers[:tokens], self.tops[:tokens])
 
-Document = str | list[dict[str, str]]
+    def add(self, other: Piece) -> None:
+        """Put another behind it."""
+        self.ids += other.ids
+        self.answers += other.answers
+        self.tops += other.tops
 
 
 def calibration_ids(student: Path, calibration: Calibration, chat: Chat) -> list[Ids]:
@@ -87,20 +99,43 @@ def calibration_ids(student: Path, calibration: Calibration, chat: Chat) -> list
         InputError: the file is unreadable, not of its format, or holds fewer tokens; the chat
             template refuses it.
     """
+    pieces = calibration_pieces(student, calibration, chat)
+    return [np.array(piece.ids, dtype=np.int64) for piece in pieces]
+
+
+def calibration_pieces(
+    student: Path,
+    calibration: Calibration,
+    chat: Chat,
+    *,
+    tail_power: float = 0.0,
+    reasoning: str | None = None,
+) -> list[Piece]:
+    """As :func:`calibration_ids`, with what is known of each token.
+
+    Args:
+        student: as there.
+        calibration: as there.
+        chat: as there.
+        tail_power: lines are drawn with odds of ``count ** -tail_power``, by the count of lines of
+            the rarest of their slices; 0 draws all alike.
+        reasoning: how an answer is written behind its reasoning, with ``{reasoning}`` and
+            ``{answer}`` in it; None leaves reasoning out.
+    """
     tokenizer = load_tokenizer(student)
-    most = Student(student).facts.max_context_tokens
-    length = min(calibration.sequence_tokens, calibration.tokens, most)
+    facts = Student(student).facts
+    length = min(calibration.sequence_tokens, calibration.tokens, facts.max_context_tokens)
     count = calibration.tokens // length
-    documents = _documents(calibration.file, length)
+    lines = calibration_lines(calibration.file, length)
+    reader = _Reader(tokenizer, chat, length, facts.vocab_size, reasoning)
     packer = _Packer(length)
-    for index in np.random.default_rng(calibration.seed).permutation(len(documents)):
-        where, document = documents[index]
-        for piece in _pieces(tokenizer, document, chat, length, where):
+    for index in _order(lines, calibration.seed, tail_power):
+        for piece in reader.pieces(lines[index]):
             packer.add(piece)
         if len(packer.sequences) >= count:
             return packer.sequences[:count]
     if calibration.file is None:
-        return packer.sequences or [packer.rest()]
+        return packer.sequences or [packer.rest]
     held = len(packer.sequences) * length
     raise InputError(
         f"fills {len(packer.sequences)} sequences of {length} tokens, "
@@ -123,14 +158,33 @@ def rendered_texts(tokenizer: Any, file: Path | None, chat: Chat) -> Iterator[st
     Raises:
         InputError: the file is unreadable or not of its format; the chat template refuses it.
     """
-    for where, document in _documents(file, WHOLE_TEXT_PASSAGE_TOKENS):
-        if isinstance(document, str):
-            if not tokenizer.chat_template:
-                yield document
-                continue
-            document = [{"role": "user", "content": document}]
-        answering = document[-1]["role"] != "assistant"
-        yield render_conversation(tokenizer, document, chat, where=where, answering=answering)
+    for line in calibration_lines(file, WHOLE_TEXT_PASSAGE_TOKENS):
+        if line.text is not None and not tokenizer.chat_template:
+            yield line.text
+            continue
+        turns = list(line.turns)
+        if line.text is not None:
+            turns = [{"role": "user", "content": line.text}]
+        if line.answer is not None:
+            turns.append({"role": "assistant", "content": line.answer})
+        answering = turns[-1]["role"] != "assistant"
+        yield render_conversation(tokenizer, turns, chat, where=line.where, answering=answering)
+
+
+def _order(lines: Sequence[CalibrationLine], seed: int, tail_power: float) -> list[int]:
+    """The order in which lines are drawn, without replacement.
+
+    Unequal odds: each line waits for an exponential time of its own rate (Efraimidis & Spirakis
+    2006, Information Processing Letters 97).
+    """
+    generator = np.random.default_rng(seed)
+    if tail_power == 0.0:
+        return [int(place) for place in generator.permutation(len(lines))]
+    counts = Counter(name for line in lines for name in set(line.slices))
+    rarest = [min((counts[n] for n in line.slices), default=len(lines)) for line in lines]
+    odds = (np.array(rarest) / len(lines)) ** -tail_power
+    waits = generator.exponential(size=len(lines)) / odds
+    return [int(place) for place in np.argsort(waits, kind="stable")]
 
 
 class _Packer:
@@ -141,108 +195,104 @@ class _Packer:
 
     def __init__(self, length: int) -> None:
         self._length = length
-        self._open: list[int] = []
-        self.sequences: list[Ids] = []
+        self.rest = Piece([])  # what fills no sequence yet
+        self.sequences: list[Piece] = []
 
-    def add(self, piece: list[int]) -> None:
-        if len(piece) < self._length:
-            self._open += piece
-            if len(self._open) < self._length:
+    def add(self, piece: Piece) -> None:
+        if len(piece.ids) < self._length:
+            self.rest.add(piece)
+            if len(self.rest.ids) < self._length:
                 return
-            piece, self._open = self._open[: self._length], []
-        self.sequences.append(np.array(piece, dtype=np.int64))
-
-    def rest(self) -> Ids:
-        """What fills no sequence."""
-        return np.array(self._open, dtype=np.int64)
+            piece, self.rest = self.rest.first(self._length), Piece([])
+        self.sequences.append(piece)
 
 
-def _pieces(
-    tokenizer: Any, document: Document, chat: Chat, length: int, where: str
-) -> Iterator[list[int]]:
-    """A document as ids, at most ``length`` at once."""
-    if not isinstance(document, str):
-        answering = document[-1]["role"] != "assistant"
-        text = render_conversation(tokenizer, document, chat, where=where, answering=answering)
-        ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
-        yield ids[:length]
-        return
-    used = read_as_used(tokenizer, document, chat, where=where)
-    opening, body = used.ids[: used.opening], used.ids[used.opening :]
-    room = length - len(opening)
-    if room < length * LEAST_SHARE_OF_TEXT:
-        raise InputError(
-            f"the conversation around a text takes {len(opening)} of a sequence's {length} tokens",
-            where=where,
-            hint="raise calibration.sequence_tokens, or shorten chat.system",
+@dataclass(frozen=True)
+class _Reader:
+    """Turns lines into ids, at most ``length`` at once."""
+
+    tokenizer: Any
+    chat: Chat
+    length: int
+    vocab_size: int
+    reasoning: str | None
+
+    def pieces(self, line: CalibrationLine) -> Iterator[Piece]:
+        if line.text is not None:
+            yield from self._passage(line.text, line.where)
+        elif line.recorded is not None:
+            yield self._recorded(line).first(self.length)
+        else:
+            yield self._conversation(line).first(self.length)
+
+    def _conversation(self, line: CalibrationLine) -> Piece:
+        if line.answer is None or not line.answer.strip():  # an empty one teaches nothing
+            return Piece(self._ids(self._asked(line)))
+        answer = line.answer
+        if self.reasoning is not None and line.reasoning is not None:
+            answer = self.reasoning.format(reasoning=line.reasoning, answer=answer)
+        turns = [*line.turns, {"role": "assistant", "content": answer}]
+        text = render_conversation(
+            self.tokenizer, turns, self.chat, where=line.where, answering=False
         )
-    for start in range(0, len(body), room):
-        yield opening + body[start : start + room]
-
-
-def _documents(file: Path | None, length: int) -> list[tuple[str, Document]]:
-    """Documents with their places; long texts in passages."""
-    found: list[tuple[str, Document]]
-    if file is None:
-        found = list(load_texts({}).items())
-    elif file.suffix == ".jsonl":
-        lines = enumerate(_read(file).split("\n"), start=1)
-        places = ((f"{file}:{number}", line) for number, line in lines if line.strip())
-        found = [(where, _parse(line, where)) for where, line in places]
-    else:
-        found = [(str(file), _read(file))]
-    size = length * PASSAGE_CHARACTERS_PER_TOKEN
-    documents: list[tuple[str, Document]] = []
-    for where, document in found:
-        parts = _passages(document, size) if isinstance(document, str) else [document]
-        documents += [(where, part) for part in parts]
-    if not documents:
-        raise InputError("holds no text", where=str(file), hint="calibration needs some text")
-    return documents
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise InputError(f"cannot be read: {error.strerror}", where=str(file)) from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"is not UTF-8 text (byte {error.start})", where=str(file)) from error
-
-
-def _parse(line: str, where: str) -> Document:
-    try:
-        fields = _Line.model_validate(json.loads(line))
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"])
-        message = f"{key}: {first['msg']}" if key else "is not a JSON object"
-        raise InputError(message, where=where, hint=LINE_HINT) from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"is not JSON ({error})", where=where, hint=LINE_HINT) from error
-    if fields.messages is None:
-        if fields.text is None:
-            raise InputError("has neither text nor messages", where=where, hint=LINE_HINT)
-        return fields.text
-    messages = [message.model_dump() for message in fields.messages]
-    if fields.choices is not None:
-        if type(fields.answer) is not int or not 0 <= fields.answer < len(fields.choices):
+        ids = self._ids(text)
+        # Templates may trim an answer, but none can trim its middle.
+        start = text.rfind(answer.strip())
+        if start < 0:
             raise InputError(
-                f"answer = {fields.answer!r} is not the place of one of its choices", where=where
+                "the chat template does not write the answer as it is",
+                where=line.where,
+                hint="some take reasoning off: leave `reasoning` out",
             )
-        messages.append({"role": "assistant", "content": fields.choices[fields.answer]})
-    return messages
+        before = common_prefix(self._ids(text[:start]), ids)
+        through = common_prefix(self._ids(text[: start + len(answer.strip())]), ids)
+        # Its last token, if text behind it is merged with it, and the one that ends it.
+        return Piece(ids, [before <= place <= through for place in range(len(ids))])
 
+    def _recorded(self, line: CalibrationLine) -> Piece:
+        """The prompt's ids, and behind them those that the teacher wrote."""
+        assert line.recorded is not None
+        recorded = line.recorded
+        named = [*recorded.ids, *(token for row in recorded.top_ids for token in row)]
+        if not 0 <= min(named) <= max(named) < self.vocab_size:
+            raise InputError(
+                f"its tokens go from {min(named)} to {max(named)}, "
+                f"the student knows {self.vocab_size}",
+                where=line.where,
+                hint="tokens are ids of the student's own tokenizer",
+            )
+        said = self.tokenizer.decode(list(recorded.ids), skip_special_tokens=True)
+        if line.answer is not None and said != line.answer:
+            raise InputError(
+                f"its tokens say {said[:SHOWN]!r}, its answer {line.answer[:SHOWN]!r}",
+                where=line.where,
+                hint="tokens are ids of the student's own tokenizer; without them the answer's "
+                "words are learned",
+            )
+        piece = Piece(self._ids(self._asked(line)))
+        tops: list[Top | None] = list(
+            zip(recorded.top_ids, recorded.top_log_probs, strict=True)
+        ) or [None] * len(recorded.ids)
+        piece.add(Piece(list(recorded.ids), [True] * len(recorded.ids), tops))
+        return piece
 
-def _passages(text: str, characters: int) -> Iterator[str]:
-    """Cut a text into passages of at most so many characters, at the end of a line or a word."""
-    start = 0
-    while start < len(text):
-        end = start + characters
-        if end < len(text):
-            middle = start + characters // 2
-            cuts = (text.rfind(mark, middle, end) for mark in ("\n\n", "\n", " "))
-            end = next((cut + 1 for cut in cuts if cut >= 0), end)
-        if passage := text[start:end].strip():
-            yield passage
-        start = end
+    def _asked(self, line: CalibrationLine) -> str:
+        return render_conversation(self.tokenizer, line.turns, self.chat, where=line.where)
+
+    def _passage(self, text: str, where: str) -> Iterator[Piece]:
+        used = read_as_used(self.tokenizer, text, self.chat, where=where)
+        opening, body = used.ids[: used.opening], used.ids[used.opening :]
+        room = self.length - len(opening)
+        if room < self.length * LEAST_SHARE_OF_TEXT:
+            raise InputError(
+                f"the conversation around a text takes {len(opening)} of a sequence's "
+                f"{self.length} tokens",
+                where=where,
+                hint="raise calibration.sequence_tokens, or shorten chat.system",
+            )
+        for start in range(0, len(body), room):
+            yield Piece(opening + body[start : start + room])
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
+        return ids

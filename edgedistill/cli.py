@@ -117,9 +117,13 @@ def check(recipe: RecipePath, student: StudentOption = None) -> None:
     """Check a recipe and everything that it names; say all that is wrong at once."""
 
     def run() -> int:
+        from edgedistill.low_bits import low_bit_warnings
         from edgedistill.recipe_load import load_recipe
 
         loaded = load_recipe(recipe, student)
+        if loaded.facts is not None:
+            for warning in low_bit_warnings(loaded.recipe, loaded.facts):
+                typer.echo(f"warning: {warning}", err=True)
         typer.echo(f"{recipe}: {loaded.recipe.name} is in order", err=True)
         return ExitCode.OK
 
@@ -137,6 +141,31 @@ def dequantize(
         from edgedistill.intake import dequantize as dequantize_student
 
         dequantize_student(source, destination)
+        return ExitCode.OK
+
+    _run(run)
+
+
+@app.command()
+def record(
+    teacher: Annotated[Path, typer.Argument(help="A student directory.", metavar="TEACHER")],
+    data: Annotated[Path, typer.Argument(help="Conversations, JSON lines.", metavar="DATA")],
+    out: Annotated[Path, typer.Option("--out", help="A new file.", metavar="JSONL")],
+    system: Annotated[str | None, typer.Option(help="As the recipe's chat.system.")] = None,
+    top_k: Annotated[int, typer.Option(min=0, help="Likeliest tokens to record.")] = 0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    lines: Annotated[int | None, typer.Option(min=1, help="Ask only the first.")] = None,
+    threads: Annotated[int, typer.Option("--threads", min=1, max=256)] = 2,
+) -> None:
+    """Record a teacher's answers, for `heal` to learn from."""
+
+    def run() -> int:
+        from edgedistill.chat import Chat
+        from edgedistill.record_answers import RecordSettings, record_answers
+
+        settings = RecordSettings(Chat(system=system), top_k, max_tokens, lines, threads)
+        count = record_answers(teacher, data, out, settings)
+        typer.echo(f"{count} answers in {out}", err=True)
         return ExitCode.OK
 
     _run(run)

@@ -1,32 +1,31 @@
-"""Train a student to predict what its teacher predicts: KL between logits over the full vocabulary.
+"""Train a student to predict what its teacher predicts: the loop, its schedule and its checkpoints.
 
-Hinton et al., arXiv 1503.02531: both are softened by a temperature T, and the loss is multiplied by
-T^2, so that its gradient keeps its size.  The teacher is streamed a block at a time; logits
-of a few positions lie in memory at once, for both.
+What the loss is, :mod:`edgedistill.distill_loss` says.  Logits of a few positions lie in memory at
+once.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from edgedistill.decoder_forward import DecoderForward
+from edgedistill.distill_loss import LossSettings, Target, teaching
 from edgedistill.distill_state import DistillState
 from edgedistill.errors import StageError
 from edgedistill.healing_results import HealingPoint
-from edgedistill.held_out import HEAD_POSITIONS, Head, mean_kl, run_blocks
+from edgedistill.held_out import HEAD_POSITIONS, run_blocks
+from edgedistill.learner import Learner
 from edgedistill.progress import Bar, progress_bar
 from edgedistill.student import Student
-from edgedistill.trainable_decoder import TrainableDecoder
+from edgedistill.training_text import TrainingText
 
 GRADIENT_NORM = 1.0  # larger ones are clipped
 WARMUP_SHARE = 0.05
-NO_TARGET = -100
 
 
 @dataclass(frozen=True)
@@ -37,8 +36,7 @@ class DistillSettings:
         tokens: the budget; text is read again where it is shorter.
         batch_tokens: for one step of the optimizer, in whole sequences.
         learning_rate: at its peak; it warms up over 5% of the steps and falls as a cosine to 0.
-        temperature: of both softmaxes in the loss.
-        next_token_weight: of the plain next-token loss that is added.
+        loss: how it is put together.
         evaluations: how often the held-out KL is taken, evenly over the budget.
         patience: evaluations without a fall of it that end the training.
         seed: of the order in which sequences are read.
@@ -47,18 +45,10 @@ class DistillSettings:
     tokens: int
     batch_tokens: int = 2048
     learning_rate: float = 3e-4
-    temperature: float = 1.0
-    next_token_weight: float = 0.0
+    loss: LossSettings = field(default_factory=LossSettings)
     evaluations: int = 10
     patience: int = 3
     seed: int = 0
-
-
-def soft_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(teacher || student), summed over positions: [positions, vocab] twice -> scalar."""
-    own = (logits / temperature).log_softmax(-1)
-    expected = (teacher_logits / temperature).log_softmax(-1)
-    return functional.kl_div(own, expected, log_target=True, reduction="sum") * temperature**2
 
 
 class Distillation:
@@ -66,7 +56,7 @@ class Distillation:
 
     Args:
         student: its trained tensors are changed in place.
-        teacher: with the same vocabulary.
+        teacher: with the same vocabulary; None learns what is recorded in the text.
         settings: of the run.
         work: where checkpoints are kept, one for each evaluation; a run that finds one goes on from
             it, to the same bytes.  None keeps none.
@@ -74,76 +64,90 @@ class Distillation:
 
     def __init__(
         self,
-        student: TrainableDecoder,
-        teacher: Student,
+        student: Learner,
+        teacher: Student | None,
         settings: DistillSettings,
         work: Path | None = None,
     ) -> None:
         self._student = student
-        self._teacher = DecoderForward(teacher)
-        self._teacher_head = Head(teacher)
+        self._teaching = teaching(teacher, settings.loss)
         self._settings = settings
         self._parameters = student.trained()
         self._optimizer = torch.optim.AdamW(
-            self._parameters, lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
+            [
+                {"params": [parameter], "share": pace.rate, "eps": pace.damping}
+                for parameter, pace in zip(self._parameters, student.paces(), strict=True)
+            ],
+            lr=settings.learning_rate,
+            betas=(0.9, 0.95),
+            weight_decay=0.0,
+            fused=True,
         )
         self._work = work
 
-    def train(self, ids: Tensor, held_out: Tensor) -> DistillState:
+    def train(self, text: TrainingText, held_out: TrainingText) -> DistillState:
         """Train, and leave the student with the weights of the least held-out KL.
 
         Args:
-            ids: int64 [sequences, tokens] to train on.
-            held_out: int64 [sequences, tokens] to measure on.
+            text: to train on.
+            held_out: to measure on.
 
         Raises:
             StageError: the held-out KL is no lower than before, or not a number.
         """
-        batch = max(1, self._settings.batch_tokens // ids.shape[1])
-        steps = max(1, self._settings.tokens // (batch * ids.shape[1]))
+        length = text.ids.shape[1]
+        batch = max(1, self._settings.batch_tokens // length)
+        steps = max(1, self._settings.tokens // (batch * length))
         every = max(1, steps // self._settings.evaluations)
-        with torch.no_grad():
-            expected = self._teacher_hidden(held_out)
+        if steps * batch > len(text.ids):
+            self._teaching.remember(text)
+        expected = self._teaching.targets(held_out, range(len(held_out.ids)))
         state = self._begin(held_out, expected)
-        with progress_bar(steps, "healing") as bar:
+        with progress_bar(steps, "distilling") as bar:
             bar.advance(state.step)
             while state.step < steps and state.stale < self._settings.patience:
-                self._step(state, ids, batch, steps, bar)
+                self._step(state, text, batch, steps, bar)
                 if state.step % every == 0 or state.step == steps:
-                    self._evaluate(state, ids.shape[1] * batch, held_out, expected)
+                    self._evaluate(state, length * batch, held_out, expected)
         return self._finish(state)
 
-    def _begin(self, held_out: Tensor, expected: Tensor) -> DistillState:
+    def _begin(self, held_out: TrainingText, expected: list[Target]) -> DistillState:
         saved = DistillState.load(self._work, self._parameters, self._optimizer)
         if saved is not None:
+            self._student.settle()
             return saved
         kl = self._held_out_kl(held_out, expected)
         if not math.isfinite(kl):
-            raise StageError(f"the held-out KL is {kl} before any healing")
+            raise StageError(f"the held-out KL is {kl} before any training")
         first = HealingPoint(step=0, tokens=0, learning_rate=0.0, loss=None, held_out_kl=kl)
         return DistillState([first])
 
-    def _step(self, state: DistillState, ids: Tensor, batch: int, steps: int, bar: Bar) -> None:
+    def _step(
+        self, state: DistillState, text: TrainingText, batch: int, steps: int, bar: Bar
+    ) -> None:
         """One step of the optimizer on the next ``batch`` sequences."""
         rows = [
-            _sequence(state.step * batch + i, len(ids), self._settings.seed) for i in range(batch)
+            _sequence(state.step * batch + i, len(text.ids), self._settings.seed)
+            for i in range(batch)
         ]
-        with torch.no_grad():
-            expected = self._teacher_hidden(ids[rows])
-        positions = batch * ids.shape[1]
+        expected = self._teaching.targets(text, rows)
+        positions = batch * text.ids.shape[1]
         losses = [
-            self._backward(ids[row], expected[number], positions) for number, row in enumerate(rows)
+            self._backward(text.ids[row], target, positions)
+            for row, target in zip(rows, expected, strict=True)
         ]
         torch.nn.utils.clip_grad_norm_(self._parameters, GRADIENT_NORM)
+        self._student.collect()
         rate = self._settings.learning_rate * _schedule(state.step, steps)
         for group in self._optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["share"]
         self._optimizer.step()
         self._optimizer.zero_grad()
+        self._student.settle()
         state.took(sum(losses), rate)
         bar.advance()
 
-    def _backward(self, ids: Tensor, expected: Tensor, positions: int) -> float:
+    def _backward(self, ids: Tensor, target: Target, positions: int) -> float:
         """Add one sequence's share of the gradient; its share of the mean loss.
 
         The loss is taken a few positions at a time down to the last hidden states, whose gradient
@@ -151,65 +155,60 @@ class Distillation:
         """
         hidden = self._student.last_hidden(ids[None])
         leaf = hidden[0].detach().requires_grad_()
-        targets = torch.cat([ids[1:], torch.tensor([NO_TARGET])])
         total = 0.0
-        for start in range(0, len(ids), HEAD_POSITIONS):
-            rows = slice(start, start + HEAD_POSITIONS)
-            logits = self._student.head(leaf[rows])
-            with torch.no_grad():
-                teacher_logits = self._teacher_head.logits(expected[rows])
-            loss = soft_loss(logits, teacher_logits, self._settings.temperature)
-            if self._settings.next_token_weight:
-                plain = functional.cross_entropy(
-                    logits, targets[rows], ignore_index=NO_TARGET, reduction="sum"
-                )
-                loss = loss + self._settings.next_token_weight * plain
-            loss = loss / positions
+        for rows in _parts(len(ids)):
+            loss = target.loss(rows, self._student.head(leaf[rows]), leaf[rows]) / positions
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
         assert leaf.grad is not None  # every loss depends on it
         hidden.backward(leaf.grad[None])  # type: ignore[no-untyped-call]
         return total
 
-    def _teacher_hidden(self, ids: Tensor) -> Tensor:
-        return run_blocks(
-            self._teacher, range(self._teacher.facts.layers), self._teacher.embed(ids)
-        )
-
     def _evaluate(
-        self, state: DistillState, batch_tokens: int, held_out: Tensor, expected: Tensor
+        self,
+        state: DistillState,
+        batch_tokens: int,
+        held_out: TrainingText,
+        expected: list[Target],
     ) -> None:
         kl = self._held_out_kl(held_out, expected)
         if not math.isfinite(kl):
             raise StageError(
                 f"the held-out KL is {kl} after {state.step} steps",
-                hint="lower the learning_rate of heal",
+                hint="lower its learning_rate",
             )
         state.measured(kl, state.step * batch_tokens, self._parameters)
         state.save(self._work, self._parameters, self._optimizer)
 
-    def _held_out_kl(self, held_out: Tensor, expected: Tensor) -> float:
+    @torch.no_grad()
+    def _held_out_kl(self, held_out: TrainingText, expected: list[Target]) -> float:
+        """The weighted mean over its positions."""
         student = self._student
-        with torch.no_grad():
-            hidden = run_blocks(student, range(student.facts.layers), student.embed(held_out))
-            return mean_kl(
-                self._teacher_head.log_probs,
-                expected,
-                lambda states: student.head(states).log_softmax(-1),
-                hidden,
-            )
+        hidden = run_blocks(student, range(student.facts.layers), student.embed(held_out.ids))
+        total = 0.0
+        for states, target in zip(hidden, expected, strict=True):
+            for rows in _parts(len(states)):
+                total += float(target.divergence(rows, student.head(states[rows])))
+        return total / float(held_out.weights.sum())
 
     def _finish(self, state: DistillState) -> DistillState:
         if state.best is None:
             raise StageError(
-                f"healing did not lower the held-out KL of {state.curve[0].held_out_kl:.4g}: "
+                f"training did not lower the held-out KL of {state.curve[0].held_out_kl:.4g}: "
                 f"at best it was {min(p.held_out_kl for p in state.curve[1:]):.4g}",
-                hint="lower the learning_rate of heal, or give it more tokens",
+                hint="lower its learning_rate, or give it more tokens",
             )
         with torch.no_grad():
             for parameter, best in zip(self._parameters, state.best, strict=True):
                 parameter.copy_(best)
+        self._student.settle()
         return state
+
+
+def _parts(positions: int) -> Iterator[slice]:
+    """Of a sequence, as many positions as may have their logits in memory."""
+    for start in range(0, positions, HEAD_POSITIONS):
+        yield slice(start, start + HEAD_POSITIONS)
 
 
 def _schedule(step: int, steps: int) -> float:

@@ -1,4 +1,4 @@
-"""How a healing went, as a document: ``healing.json`` beside the weights."""
+"""How a healing or a recovery went, as a document beside the weights."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Literal
 from edgedistill.document import Document
 
 HEALING_FILE = "healing.json"
+RECOVERY_FILE = "recovery.json"
 
 
 class HealingPoint(Document):
@@ -28,8 +29,8 @@ class HealingPoint(Document):
     held_out_kl: float
 
 
-class Healing(Document):
-    """What was trained, and what came of it.
+class Training(Document):
+    """What came of a training.
 
     Attributes:
         parameters_trained: how many numbers the optimizer moved.
@@ -37,7 +38,6 @@ class Healing(Document):
         stopped_early: the held-out KL had ceased to fall before the budget was spent.
     """
 
-    trained: Literal["full", "lora", "norms"]
     parameters_trained: int
     held_out_tokens: int
     kl_before: float
@@ -46,7 +46,35 @@ class Healing(Document):
     stopped_early: bool
     curve: list[HealingPoint]
 
+
+class Healing(Training):
+    """``healing.json``: what ``heal`` did to a float student."""
+
+    trained: Literal["full", "lora", "norms"]
+
     def write(self, directory: Path) -> None:
         """Write the document into a student directory."""
-        text = self.model_dump_json(indent=2) + "\n"
-        (directory / HEALING_FILE).write_text(text, encoding="utf-8")
+        _write(self, directory / HEALING_FILE)
+
+
+class Recovery(Training):
+    """``recovery.json``: what ``recover`` did to a quantized one.
+
+    Attributes:
+        sequences: of the text that it was trained on, each read as often as the budget allows.
+        codes: of the matrices that were trained.
+        codes_changed: how many of them are others than before.
+    """
+
+    trained: Literal["scales", "codes"]
+    sequences: int
+    codes: int
+    codes_changed: int
+
+    def write(self, directory: Path) -> None:
+        """Write the document into a student directory."""
+        _write(self, directory / RECOVERY_FILE)
+
+
+def _write(document: Document, file: Path) -> None:
+    file.write_text(document.model_dump_json(indent=2) + "\n", encoding="utf-8")

@@ -32,6 +32,7 @@ from edgedistill.evaluate.power import (
 from edgedistill.evaluate.sequential import FINAL_LEVEL
 from edgedistill.evaluate.suite import load_suite
 from edgedistill.evaluation_tasks import ReadTraffic, ScoreUntilDecided
+from edgedistill.low_bits import low_bit_warnings
 from edgedistill.pipeline import Step
 from edgedistill.results import Document, Evaluation, LoweredClause
 from edgedistill.tasks import EVALUATION_FILE, JudgeLogits, RunStage, Score, ScoreReference
@@ -75,6 +76,7 @@ class PlanReport(Document):
         clauses: of the floor and the capability spec, and whether the suite can decide them.
         spread_from: what the widths of the intervals were taken from.
         floor_lowered: clauses that earlier releases among the exports were held to.
+        warnings: of what the recipe may do and seldom should.
     """
 
     recipe: str
@@ -89,6 +91,7 @@ class PlanReport(Document):
     clauses: list[PlannedClause] = Field(default=[])
     spread_from: str = ""
     floor_lowered: list[LoweredClause] = Field(default=[])
+    warnings: list[str] = Field(default=[])
 
     @property
     def to_run(self) -> int:
@@ -122,6 +125,7 @@ def preview(options: Options) -> PlanReport:
         clauses=clauses,
         spread_from=spread_from,
         floor_lowered=find_lowered(recipe, options.exports),
+        warnings=list(low_bit_warnings(recipe, facts)),
     )
 
 
@@ -173,6 +177,8 @@ def describe(plan: PlanReport) -> Iterator[str]:
     yield from describe_clauses(plan.clauses, plan.spread_from)
     for clause in plan.floor_lowered:
         yield f"warning: the floor was lowered since an earlier release: {clause}"
+    for warning in plan.warnings:
+        yield f"warning: {warning}"
     peak_gb = plan.peak_rss_bytes / 1e9
     yield f"peak memory: ~{peak_gb:.1f} GB"
     if plan.peak_ram_gb_allowed is not None and peak_gb > plan.peak_ram_gb_allowed:

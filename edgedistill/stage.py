@@ -69,6 +69,11 @@ class Stage(BaseModel, ABC):
         """Whether the student that is written has token ids of its own, and a map of them."""
         return False
 
+    @property
+    def recovers(self) -> bool:
+        """Whether the stage makes up for what few bits lose, so that they need no warning."""
+        return False
+
     def run_beside(self, src: Path, dst: Path, *, teacher: Path | None, work: Path | None) -> None:
         """As :meth:`run`, with what the stage wants.
 

@@ -10,13 +10,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from edgedistill.decoder_forward import DecoderForward
+from edgedistill.learner import Learner
 from edgedistill.student import Student
 
 Trained = Literal["full", "lora", "norms"]
 
 
-class TrainableDecoder(DecoderForward):
+class TrainableDecoder(Learner):
     """Holds all weights in float32; gradients reach those that are trained.
 
     Args:
@@ -50,13 +50,6 @@ class TrainableDecoder(DecoderForward):
         """Every tensor as it computes now, products added in."""
         for name in self._weights:
             yield name, self._tensor(name).detach().numpy()
-
-    def last_hidden(self, ids: Tensor) -> Tensor:
-        """int64 [batch, tokens] -> [batch, tokens, hidden], what leaves the last block."""
-        hidden = self.embed(ids)
-        for layer in range(self.facts.layers):
-            hidden = self.block(layer, hidden)
-        return hidden
 
     def _tensor(self, name: str) -> Tensor:
         weight = self._weights[name]

@@ -148,7 +148,7 @@ def test_without_a_file_all_of_the_built_in_texts_is_read(tiny: Tiny) -> None:
     [
         ("a.jsonl", b'{"text": "short"}\n', "fills 0 sequences"),
         ("a.jsonl", b'{"text": "long"}\n{"text": \n', r"a\.jsonl:2: is not JSON"),
-        ("a.jsonl", b'{"prompt": "x"}\n', r"a\.jsonl:1: has neither text nor messages"),
+        ("a.jsonl", b'{"question": "x"}\n', r"a\.jsonl:1: has neither text nor messages"),
         ("a.jsonl", b'{"messages": []}\n', "messages: List should have at least 1"),
         ("a.jsonl", b'{"messages": [{"role": "user"}]}\n', r"messages\.0\.content: Field required"),
         ("a.jsonl", b"[1]\n", r"a\.jsonl:1: is not a JSON object"),

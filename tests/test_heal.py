@@ -14,7 +14,8 @@ import torch
 
 from edgedistill.calibration import Calibration
 from edgedistill.chat import Chat
-from edgedistill.distill import Distillation, DistillSettings, soft_loss
+from edgedistill.distill import Distillation, DistillSettings
+from edgedistill.distill_loss import LossSettings, soft_loss
 from edgedistill.errors import InputError, StageError
 from edgedistill.healing_results import HEALING_FILE, Healing
 from edgedistill.held_out import split_text
@@ -23,6 +24,7 @@ from edgedistill.stages.heal import Heal
 from edgedistill.stages.quantize_rtn import QuantizeRtn
 from edgedistill.student import Student
 from edgedistill.trainable_decoder import TrainableDecoder, Trained
+from edgedistill.training_text import TrainingText
 from tests.pruned import edited, empty, load, logits, mean_kl, random_ids
 from tests.tiny import FAMILY_CONFIGS
 
@@ -66,7 +68,7 @@ def test_loss_is_hintons_by_its_definition() -> None:
     p, q = softened(teacher), softened(own)
     expected = 2.5**2 * (p * np.log(p / q)).sum()
     found = soft_loss(torch.from_numpy(own), torch.from_numpy(teacher), 2.5)
-    assert float(found) == pytest.approx(expected, rel=1e-9)
+    assert float(found.sum()) == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("family", FAMILY_CONFIGS)
@@ -80,9 +82,10 @@ def test_first_step_is_the_one_that_transformers_and_its_gradients_take(
     ids = random_ids(2, 300)  # more positions than lie in memory at once
     decoder = TrainableDecoder(pruned, "full")
     settings = DistillSettings(
-        tokens=600, batch_tokens=600, temperature=2.0, next_token_weight=0.3, learning_rate=1e-4
+        tokens=600, batch_tokens=600, learning_rate=1e-4, loss=LossSettings(2.0, 0.3)
     )
-    state = Distillation(decoder, student, settings).train(ids, ids)
+    text = TrainingText.plain(ids)
+    state = Distillation(decoder, student, settings).train(text, text)
     model = load(tmp_path)
     own, teacher = model(ids).logits, logits(load(student.path), ids)
     p, log_q = (teacher / 2).softmax(-1), (own / 2).log_softmax(-1)
@@ -236,7 +239,7 @@ def test_weights_that_are_not_numbers_are_told(tiny: Tiny, pruned: Path, tmp_pat
         return values
 
     broken = edited(pruned, tmp_path / "broken", change)
-    with pytest.raises(StageError, match="before any healing"):
+    with pytest.raises(StageError, match="before any training"):
         _heal(Heal(**BUDGET), broken, tmp_path / "out", tiny("llama"))
 
 

@@ -1,4 +1,4 @@
-"""Heal a pruned student: it learns to predict what its teacher predicts, on plain text."""
+"""Heal a pruned student: it learns to predict what its teacher predicts, or was recorded with."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from edgedistill.student import Student
 
 if TYPE_CHECKING:
     from edgedistill.distill import DistillSettings
-    from edgedistill.held_out import SplitText
+    from edgedistill.training_text import TrainingSplit
 
 # Small beside those of training from nothing: few steps, on a student that mostly works.
 LEARNING_RATES = {"full": 3e-4, "lora": 1e-3, "norms": 3e-3}
@@ -32,6 +32,11 @@ class Heal(Stage):
         teacher: a student directory with the same tokenizer; by default the reference, which is
             the student with its adapters before anything was pruned or quantized.
         data: the text to train on, of the formats of ``calibration.file``, which is the default.
+        recorded: a file of a teacher's answers, which are learned in place of a live teacher's
+            logits: conversations, each with its answer, or with the ids of the answer and the
+            likeliest ids in the place of each (``edgedistill record`` writes it).
+        reasoning: how an answer is written behind its ``reasoning``, where a line has one, such as
+            ``"<think>{reasoning}</think>{answer}"``; by default reasoning is left out.
         tokens: the budget; text that is read again counts again.
         passes: how often the text is read: of a file so many tokens are taken that the budget
             is spent by then.
@@ -40,6 +45,10 @@ class Heal(Stage):
         rank: of the products.
         temperature: of both softmaxes in the loss.
         next_token_weight: of the plain next-token loss, added to the KL.
+        answer_weight: of a position that predicts a token of an answer, where others count 1.
+        hidden_weight: of 1 - cosine between the last hidden states, added to the KL.
+        tail_power: how much earlier lines of rare ``slices`` are read: with odds of
+            ``count ** -tail_power``.
         learning_rate: at its peak; the default depends on what is trained.
         batch_tokens: for a step of the optimizer, in whole sequences.
         held_out_tokens: of the text, never trained on, that the KL is measured on.
@@ -52,12 +61,17 @@ class Heal(Stage):
 
     teacher: Path | None = None
     data: Path | None = None
+    recorded: Path | None = None
+    reasoning: str | None = None
     tokens: Annotated[int, Field(ge=64)] = 65536
     passes: Annotated[int, Field(ge=1)] = 1
     trained: Literal["full", "lora", "norms"] = "full"
     rank: Annotated[int, Field(ge=1, le=1024)] = 16
     temperature: Annotated[float, Field(gt=0.0, le=100.0)] = 1.0
     next_token_weight: Annotated[float, Field(ge=0.0, le=100.0)] = 0.0
+    answer_weight: Annotated[float, Field(gt=0.0, le=1000.0)] = 1.0
+    hidden_weight: Annotated[float, Field(ge=0.0, le=1000.0)] = 0.0
+    tail_power: Annotated[float, Field(ge=0.0, le=2.0)] = 0.0
     learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     batch_tokens: Annotated[int, Field(ge=16)] = 2048
     held_out_tokens: Annotated[int, Field(ge=32)] = 4096
@@ -68,8 +82,8 @@ class Heal(Stage):
 
     @property
     def wants_teacher(self) -> bool:
-        """Unless the recipe names one."""
-        return self.teacher is None
+        """Unless the recipe names one, or a record."""
+        return self.teacher is None and self.recorded is None
 
     @property
     def keeps_work(self) -> bool:
@@ -77,7 +91,8 @@ class Heal(Stage):
         return True
 
     def cost(self, facts: DecoderFacts) -> StageCost:
-        """The teacher once, the student forwards and backwards; weights, gradients, AdamW's two."""
+        """A live teacher once, the student there and back; weights, gradients, AdamW's two."""
+        passes = 3.0 if self.recorded else 4.0
         measured = self.held_out_tokens * (self.evaluations + 2)
         # Weights, and of what is trained: gradient, two moments, the best so far.
         copies = 5 if self.trained == "full" else 1
@@ -86,14 +101,14 @@ class Heal(Stage):
         kept = 4 * facts.layers * (12 * facts.hidden_size + 4 * facts.ffn_size)
         activations = kept * self.calibration.sequence_tokens
         return StageCost(
-            4.0 * self.tokens + measured, 4 * copies * facts.parameters + activations + 2 * head
+            passes * self.tokens + measured, 4 * copies * facts.parameters + activations + 2 * head
         )
 
     def problems(self, facts: DecoderFacts, quantized: bool) -> list[str]:
         """A quantized student; a teacher of another vocabulary; products that are no smaller."""
         if quantized:
             return ["the student is quantized already: heal it before"]
-        problems = []
+        problems = self._contradictions()
         if self.trained == "lora" and self.rank > min(facts.hidden_size, facts.ffn_size):
             problems.append(f"rank: {self.rank} is more than the student's matrices have")
         if self.teacher is not None:
@@ -105,7 +120,28 @@ class Heal(Stage):
                 problems.append(
                     f"teacher: it knows {teacher.vocab_size} tokens, the student {facts.vocab_size}"
                 )
+            if self.hidden_weight and teacher.hidden_size != facts.hidden_size:
+                problems.append(
+                    f"hidden_weight: the teacher's states have {teacher.hidden_size} numbers, "
+                    f"the student's {facts.hidden_size}"
+                )
         return problems
+
+    def _contradictions(self) -> list[str]:
+        """Fields that cannot be stated together."""
+        if self.recorded is None:
+            return []
+        stated = {
+            "teacher": self.teacher is not None,
+            "data": self.data is not None,
+            "temperature": self.temperature != 1.0,
+            "next_token_weight": self.next_token_weight != 0.0,
+            "answer_weight": self.answer_weight != 1.0,
+            "hidden_weight": self.hidden_weight != 0.0,
+        }
+        return [
+            f"{name}: means nothing beside `recorded`" for name, is_set in stated.items() if is_set
+        ]
 
     def run(self, src: Path, dst: Path) -> None:
         """Heal with the teacher that the stage names.
@@ -120,18 +156,15 @@ class Heal(Stage):
         """Heal with the stage's own teacher, or else the given one; as :meth:`run`."""
         from edgedistill.distill import Distillation
         from edgedistill.healing_results import Healing
-        from edgedistill.kept_vocabulary import teacher_for
         from edgedistill.student import StudentWriter
         from edgedistill.trainable_decoder import TrainableDecoder
 
-        teacher = self.teacher or teacher
-        if teacher is None:
-            raise InputError("heal has no teacher", hint="give `teacher`, a student directory")
         student = Student(src)
         self.refuse_misfit(student)
+        taught_by = None if self.recorded else self._teacher(student, self.teacher or teacher)
         text = self._text(src)
         decoder = TrainableDecoder(student, self.trained, self.rank, self.calibration.seed)
-        run = Distillation(decoder, teacher_for(src, teacher), self._settings(), work)
+        run = Distillation(decoder, taught_by, self._settings(), work)
         state = run.train(text.fitting, text.held_out)
         with StudentWriter(dst, student) as writer:
             for name, values in decoder.merged():
@@ -139,7 +172,7 @@ class Heal(Stage):
         Healing(
             trained=self.trained,
             parameters_trained=sum(tensor.numel() for tensor in decoder.trained()),
-            held_out_tokens=text.held_out.numel(),
+            held_out_tokens=text.held_out.ids.numel(),
             kl_before=state.curve[0].held_out_kl,
             kl_after=state.best_kl,
             kept_step=state.best_step,
@@ -147,25 +180,45 @@ class Heal(Stage):
             curve=state.curve,
         ).write(dst)
 
-    def _text(self, src: Path) -> SplitText:
-        from edgedistill.held_out import split_text
+    def _teacher(self, student: Student, path: Path | None) -> Student:
+        from edgedistill.kept_vocabulary import teacher_for
+
+        if path is None:
+            raise InputError("heal has no teacher", hint="give `teacher`, a student directory")
+        teacher = teacher_for(student.path, path)
+        own, other = student.facts.hidden_size, teacher.facts.hidden_size
+        if self.hidden_weight and own != other:
+            raise InputError(
+                f"hidden_weight: the teacher's states have {other} numbers, the student's {own}",
+                where=str(path),
+            )
+        return teacher
+
+    def _text(self, src: Path) -> TrainingSplit:
+        from edgedistill.training_text import Emphasis, training_split
 
         length = self.calibration.sequence_tokens
         # Whole sequences, of both parts.
         read = -(-self.tokens // (self.passes * length)) * length
-        update = {"tokens": read + self.held_out_tokens, "file": self.data or self.calibration.file}
+        file = self.recorded or self.data or self.calibration.file
+        update = {"tokens": read + self.held_out_tokens, "file": file}
         calibration = self.calibration.model_copy(update=update)
-        return split_text(src, calibration, self.chat, held_out_tokens=self.held_out_tokens)
+        emphasis = Emphasis(
+            self.answer_weight, self.tail_power, self.recorded is not None, self.reasoning
+        )
+        return training_split(
+            src, calibration, self.chat, emphasis, held_out_tokens=self.held_out_tokens
+        )
 
     def _settings(self) -> DistillSettings:
         from edgedistill.distill import DistillSettings
+        from edgedistill.distill_loss import LossSettings
 
         return DistillSettings(
             tokens=self.tokens,
             batch_tokens=self.batch_tokens,
             learning_rate=self.learning_rate or LEARNING_RATES[self.trained],
-            temperature=self.temperature,
-            next_token_weight=self.next_token_weight,
+            loss=LossSettings(self.temperature, self.next_token_weight, self.hidden_weight),
             evaluations=self.evaluations,
             patience=self.patience,
             seed=self.calibration.seed,

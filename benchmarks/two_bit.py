@@ -1,0 +1,262 @@
+"""What recovery gives behind GPTQ: at 2 bits with codes, at 4 with scales alone.
+
+    python benchmarks/two_bit.py --student DIR --work DIR --tokens 24576 262144 --case int2
+    python benchmarks/two_bit.py --student DIR --work DIR --tokens 16384 --case int4
+
+SmolLM2-135M off its grid; all linears at 2 bits (group 64) or 4 (group 32, fixed zero), embedding
+at 8.  GPTQ and recovery read the same text, every other topic of the Python manual; judged are the
+rest of it and reviews, as in ``benchmarks/gptq.py``: every point of the curve on 2,048 tokens a
+text by our own float32 decoder, what was written on 10,240 a text by ``transformers``.  A run that
+was killed goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from gptq import write_texts
+from off_grid import take_off_grid
+from torch import Tensor
+
+from edgedistill.calibration import Calibration
+from edgedistill.chat import Chat
+from edgedistill.decoder_forward import DecoderForward
+from edgedistill.distill import Distillation
+from edgedistill.distill_state import DistillState
+from edgedistill.grid_choice import MatrixGrids
+from edgedistill.grid_learner import GridLearner
+from edgedistill.held_out import other_text
+from edgedistill.runtimes.torch_reference import load_model
+from edgedistill.stages.quantize_gptq import QuantizeGptq
+from edgedistill.stages.recover import Recover
+from edgedistill.student import Student, StudentWriter
+from edgedistill.training_text import TrainingText
+
+ROOT = Path(__file__).resolve().parents[1]
+GPTQ_TOKENS, CURVE_TOKENS, FINAL_TOKENS, SEQUENCE_TOKENS = 16384, 2048, 10240, 512
+POINT_TOKENS = 16384  # between two points of the curve of a large budget
+TEXT_TOKENS = 49152  # that are read again where the budget is larger
+COMMON: dict[str, Any] = {"batch_tokens": 1024, "held_out_tokens": 2048, "patience": 1000}
+CASES: dict[str, tuple[MatrixGrids, Recover]] = {
+    "int2": (MatrixGrids(bits=2), Recover(trained="codes", **COMMON)),
+    "int4": (
+        MatrixGrids(bits=4, group_size=32, zero="fixed"),
+        Recover(trained="scales", **COMMON),
+    ),
+}
+Logits = Callable[[Tensor], Tensor]
+
+
+def distances(judge: Logits, judged: dict[str, Logits], ids: Tensor) -> dict[str, dict[str, float]]:
+    """Mean KL in nats and both perplexities of each, on sequences [count, tokens]."""
+    totals = {name: torch.zeros(3, dtype=torch.float64) for name in judged}
+    with torch.inference_mode():
+        for sequence in ids:
+            p, said = judge(sequence[None])[0].log_softmax(-1), sequence[1:, None]
+            for name, run in judged.items():
+                q = run(sequence[None])[0].log_softmax(-1)
+                kl = (p.exp() * (p - q)).sum(dtype=torch.float64)
+                losses = [-x[:-1].gather(1, said).sum(dtype=torch.float64) for x in (q, p)]
+                totals[name] += torch.stack([kl, *losses])
+    predicted = len(ids) * (ids.shape[1] - 1)
+    return {
+        name: {
+            "kl": round(float(kl) / ids.numel(), 4),
+            "perplexity": round(math.exp(own / predicted), 2),
+            "perplexity_of_student": round(math.exp(its / predicted), 2),
+        }
+        for name, (kl, own, its) in totals.items()
+    }
+
+
+def transformers_logits(student: Path) -> Logits:
+    """The student in ``transformers``, float32, dequantized if it is quantized."""
+    model = load_model(student, threads=torch.get_num_threads())
+    return lambda ids: model(ids).logits
+
+
+class Watched(Distillation):
+    """A run that is judged on both texts at each point of its curve.
+
+    Args:
+        judged: by name of a text, its sequences.
+        stage: whose settings the run has.
+        learner: what is trained.
+        teacher: what it learns from.
+        work: for checkpoints, and the points so far.
+    """
+
+    def __init__(
+        self,
+        judged: dict[str, Tensor],
+        stage: Recover,
+        learner: GridLearner,
+        teacher: Student,
+        work: Path,
+    ) -> None:
+        super().__init__(learner, teacher, stage.settings(), work)
+        self._judged = judged
+        self._float = DecoderForward(teacher)
+        self._file = work / "points.json"
+        self._started = time.process_time()
+        self.points: list[dict[str, Any]] = []
+        if self._file.exists():
+            self.points = json.loads(self._file.read_text("utf-8"))
+
+    def _evaluate(self, state: DistillState, *arguments: Any) -> None:
+        super()._evaluate(state, *arguments)
+        found = {
+            name: distances(self._float.logits, {"now": self._student.logits}, ids)["now"]
+            for name, ids in self._judged.items()
+        }
+        took = {"cpu_seconds": round(time.process_time() - self._started)}
+        self.points.append({**state.curve[-1].model_dump(), **took, **found})
+        self._file.write_text(json.dumps(self.points), encoding="utf-8")
+        print(json.dumps(self.points[-1]), flush=True)
+
+
+def texts_of(student: Path, texts: dict[str, Path], tokens: int) -> dict[str, Tensor]:
+    """The sequences that are judged on."""
+    settings = Calibration(sequence_tokens=SEQUENCE_TOKENS)
+    return {
+        name: other_text(student, texts[name], settings, Chat(), tokens=tokens)
+        for name in ("manual", "reviews")
+    }
+
+
+def quantize(student: Path, dst: Path, text: Path, choice: MatrixGrids) -> float:
+    """GPTQ on some of the text, unless it is there; CPU seconds."""
+    took = dst.with_name(f"{dst.name}.json")
+    if not took.exists():
+        shutil.rmtree(dst, ignore_errors=True)
+        dst.mkdir()
+        started = time.process_time()
+        calibration = Calibration(file=text, tokens=GPTQ_TOKENS, sequence_tokens=SEQUENCE_TOKENS)
+        fields = choice.model_dump(exclude_unset=True)
+        QuantizeGptq(**fields, calibration=calibration).run(student, dst)
+        took.write_text(json.dumps(round(time.process_time() - started, 1)), encoding="utf-8")
+    return float(json.loads(took.read_text("utf-8")))
+
+
+def recover(
+    student: Path,
+    quantized: Path,
+    dst: Path,
+    text: Path,
+    stage: Recover,
+    watched: dict[str, Tensor],
+) -> dict[str, Any]:
+    """Train as the stage does, judged on the way; what it took and the curve."""
+    work = dst.with_name(f"{dst.name}.work")
+    work.mkdir(exist_ok=True)
+    shutil.rmtree(dst, ignore_errors=True)
+    dst.mkdir()
+    stage = stage.model_copy(
+        update={"calibration": Calibration(file=text, sequence_tokens=SEQUENCE_TOKENS)}
+    )
+    source, teacher = Student(quantized), Student(student)
+    learner, split = stage.learner(source, teacher), stage.text(quantized)
+    run = Watched(watched, stage, learner, teacher, work)
+    plain = TrainingText.plain
+    state = run.train(plain(split.fitting), plain(split.held_out))
+    with StudentWriter(dst, source) as writer:
+        for name, value in learner.written():
+            writer.write(name, value)
+    return {
+        "stage": stage.model_dump(mode="json", exclude={"calibration", "chat"}),
+        "sequences_of_text": len(split.fitting),
+        "kept_step": state.best_step,
+        "codes_changed": learner.changed_codes(),
+        "codes": learner.codes(),
+        "curve": run.points,
+    }
+
+
+def bits_per_weight(student: Student) -> float:
+    """Over everything, norms in 16 bits."""
+    facts = student.facts
+    bits = 0.0
+    for name, shape in facts.tensor_shapes().items():
+        grid = student.grids.get(name)
+        bits += math.prod(shape) * (grid.bits_per_weight if grid else 16)
+    return bits / facts.parameters
+
+
+def measure(
+    case: str, tokens: int, student: Path, work: Path, texts: dict[str, Path]
+) -> dict[str, Any]:
+    """Quantize, recover with a budget, judge both."""
+    choice, stage = CASES[case]
+    stage = stage.model_copy(
+        update={
+            "tokens": tokens,
+            "passes": -(-tokens // TEXT_TOKENS),
+            "evaluations": max(4, tokens // POINT_TOKENS),
+        }
+    )
+    quantized, recovered = work / f"{case}.gptq", work / f"{case}.recovered-{tokens}"
+    took = quantize(student, quantized, texts["calibration"], choice)
+    found = recover(
+        student,
+        quantized,
+        recovered,
+        texts["calibration"],
+        stage,
+        texts_of(student, texts, CURVE_TOKENS),
+    )
+    judge, judged = transformers_logits(student), texts_of(student, texts, FINAL_TOKENS)
+    result: dict[str, Any] = {
+        "bits_per_weight": round(bits_per_weight(Student(quantized)), 3),
+        "gptq_cpu_seconds": took,
+    }
+    models = {"gptq": quantized, "recovered": recovered}
+    runs = {name: transformers_logits(path) for name, path in models.items()}
+    result |= {text: distances(judge, runs, ids) for text, ids in judged.items()}
+    return {**result, "recovery": found}
+
+
+def main() -> None:
+    """Measure what the results lack."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--student", type=Path, required=True, help="SmolLM2-135M, a directory")
+    parser.add_argument("--work", type=Path, required=True, help="for texts, weights, checkpoints")
+    parser.add_argument("--case", choices=CASES, default="int2")
+    parser.add_argument("--tokens", nargs="+", type=int, required=True, help="budgets, a run each")
+    parser.add_argument("--again", action="store_true", help="measure what is known too")
+    default = ROOT / "benchmarks" / "results" / "two_bit.json"
+    parser.add_argument("--out", type=Path, default=default)
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    student = arguments.work / "off-grid"
+    if not (student / "config.json").exists():
+        student.mkdir(exist_ok=True)
+        take_off_grid(Student(arguments.student), student)
+    texts = write_texts(arguments.work)
+    for tokens in arguments.tokens:
+        found = json.loads(arguments.out.read_text("utf-8")) if arguments.out.exists() else {}
+        runs = found.setdefault(arguments.case, {})
+        if str(tokens) in runs and not arguments.again:
+            continue
+        runs[str(tokens)] = measure(arguments.case, tokens, student, arguments.work, texts)
+        found["settings"] = {
+            "gptq_tokens": GPTQ_TOKENS,
+            "evaluation_tokens_a_text": FINAL_TOKENS,
+            "evaluation_tokens_a_text_and_point": CURVE_TOKENS,
+            "threads": torch.get_num_threads(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        }
+        arguments.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

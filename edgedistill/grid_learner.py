@@ -1,0 +1,218 @@
+"""A quantized student that learns without leaving its grids: factors on scales, codes, or both.
+
+Scales and norms are trained as factors that start at 1 (the end-to-end phase of EfficientQAT, Chen
+et al. 2024, arXiv 2407.11062, trains scales alone).  Codes are trained through latent numbers that
+are rounded in every forward pass and moved by the gradient of what they round to, straight through
+(Bengio et al. 2013, arXiv 1308.3432).  Latents count in steps of the grid, not in weights as in LSQ
+(Esser et al., arXiv 1902.08153): a scale then moves weights and never flips a code, and its
+gradient is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from edgedistill.learner import Learner, Pace
+from edgedistill.quantized import QTensor
+from edgedistill.stages.quantize_rtn import shorten
+from edgedistill.student import Student
+
+GridTrained = Literal["scales", "codes"]
+FloatArray = npt.NDArray[np.float32]
+
+# How far from its code towards the edge of what rounds to it a latent number may start.
+START_SHARE = 0.9
+# Against gradients of size 1: what moves a code is then how much it counts, not its sign alone.
+# Without it all latents walk at one pace, and half of the codes flip by noise, many at once.
+LATENT_DAMPING = 3.0
+TINY = 1e-30  # the gradient of a matrix that nothing depends on
+
+
+class GridMatrix:
+    """One matrix on a grid: what is trained of it, and the weights that come of that.
+
+    Attributes:
+        weight: float32 [rows, columns], a leaf of the graph.
+        factor: float32 [rows, groups], what each scale is multiplied with, less 1.
+        latent: float32 [rows, groups, group_size], in steps from the zero point; None where codes
+            stay as they are.
+
+    Args:
+        quantized: where to start.
+        codes: whether codes are trained too.
+        origin: float32 [rows, columns], what the matrix was before it was quantized, if that is
+            known: codes that it nearly reaches are then near from the start.
+    """
+
+    def __init__(
+        self, quantized: QTensor, *, codes: bool, origin: FloatArray | None = None
+    ) -> None:
+        self._start = quantized
+        self._grid = quantized.grid
+        rows, columns = quantized.shape
+        self._groups = (rows, columns // self._grid.group_size, self._grid.group_size)
+        self._zero = torch.from_numpy(quantized.zero_points().astype(np.float32))[..., None]
+        self._scale = torch.from_numpy(quantized.scales.astype(np.float32))
+        self.factor = torch.zeros_like(self._scale, requires_grad=True)
+        self.latent = self._latent(origin).requires_grad_() if codes else None
+        self.weight = torch.empty(rows, columns, requires_grad=True)
+        self.settle()
+
+    def trained(self) -> list[Tensor]:
+        """``factor``, and ``latent`` if there is one."""
+        return [self.factor] if self.latent is None else [self.factor, self.latent]
+
+    def collect(self) -> None:
+        """From the gradient of ``weight``, which is taken away, those of what is trained.
+
+        That of ``latent`` is in units of its root mean square over the matrix.
+        """
+        assert self.weight.grad is not None  # every matrix takes part in every logit
+        gradient = self.weight.grad.view(self._groups)
+        self.weight.grad = None
+        self.factor.grad = (gradient * self._steps()).sum(-1) * self._scale
+        if self.latent is not None:
+            gradient *= self._stored()[..., None]
+            size = torch.linalg.vector_norm(gradient) / gradient.numel() ** 0.5
+            self.latent.grad = gradient.div_(size.clamp_min(TINY))
+
+    def settle(self) -> None:
+        """Keep latents within the grid; make ``weight`` anew."""
+        with torch.no_grad():
+            if self.latent is not None:
+                least, most = self._range()
+                torch.clamp(self.latent, least, most, out=self.latent)
+            torch.mul(self._steps(), self._stored()[..., None], out=self.weight.view(self._groups))
+
+    def quantized(self) -> QTensor:
+        """What it is now: codes and scales as they are stored, the zero points of the start."""
+        codes = self._start.codes
+        if self.latent is not None:
+            codes = (self._steps() + self._zero).to(torch.uint8).view(codes.shape).numpy()
+        return QTensor(self._grid, codes, self._storable(), self._start.zeros)
+
+    def changed_codes(self) -> int:
+        """How many codes are others than at the start."""
+        return int((self.quantized().codes != self._start.codes).sum())
+
+    def _latent(self, origin: FloatArray | None) -> Tensor:
+        """Each in what rounds to its code, towards the original weight."""
+        codes = torch.from_numpy(self._start.codes).view(self._groups) - self._zero
+        if origin is None:
+            return codes
+        scale = self._scale[..., None]
+        ideal = torch.from_numpy(origin).view(self._groups) / torch.where(scale == 0, 1, scale)
+        reach = 0.5 * START_SHARE
+        return codes + (ideal - codes).clamp_(-reach, reach)
+
+    def _range(self) -> tuple[Tensor, Tensor]:
+        """The least and the largest step of each group: [rows, groups, 1] each."""
+        least = 1 if self._grid.bits == 8 else 0  # symmetric: -127..127
+        return least - self._zero, self._grid.max_code - self._zero
+
+    def _steps(self) -> Tensor:
+        """Codes less zero points, float32 [rows, groups, group_size]."""
+        if self.latent is None:
+            return torch.from_numpy(self._start.codes).view(self._groups) - self._zero
+        return self.latent.detach().round()
+
+    def _stored(self) -> Tensor:
+        """Scales as they are stored, float32 [rows, groups]."""
+        return torch.from_numpy(self._storable().astype(np.float32))
+
+    def _storable(self) -> npt.NDArray[np.float16]:
+        scales = (self._scale * (1 + self.factor.detach())).numpy().astype(np.float16)
+        return shorten(scales) if self._grid.zero == "integer" else scales
+
+
+class GridLearner(Learner):
+    """A quantized student in memory; embedding and head are as they are.
+
+    Args:
+        student: its blocks' matrices quantized.
+        trained: ``scales`` (with norms and biases), or ``codes`` as well.
+        origin: the student before it was quantized, if that is known.
+        latent_rate: how fast latent numbers move, in steps of their grid, when factors move by 1.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        trained: GridTrained,
+        origin: Student | None = None,
+        latent_rate: float = 10.0,
+    ) -> None:
+        super().__init__(student)
+        self._latent_rate = latent_rate
+        self._matrices: dict[str, GridMatrix] = {}
+        self._vectors: dict[str, tuple[Tensor, Tensor]] = {}
+        self._weights: dict[str, Tensor] = {}
+        outside = {self.facts.embedding, self.facts.head}
+        for name, shape in self.facts.tensor_shapes().items():
+            if name in student.grids and name not in outside:
+                before = origin.read(name) if origin is not None and trained == "codes" else None
+                matrix = GridMatrix(
+                    student.read_quantized(name), codes=trained == "codes", origin=before
+                )
+                self._matrices[name], self._weights[name] = matrix, matrix.weight
+                continue
+            values = torch.from_numpy(student.read(name))
+            if len(shape) == 1:
+                factor = torch.zeros_like(values, requires_grad=True)
+                self._vectors[name] = (values, factor)
+                values = values.clone().requires_grad_()
+            self._weights[name] = values
+
+    def trained(self) -> list[Tensor]:
+        """Factors of vectors, then what is trained of each matrix."""
+        vectors = [factor for _, factor in self._vectors.values()]
+        return vectors + [part for m in self._matrices.values() for part in m.trained()]
+
+    def paces(self) -> list[Pace]:
+        """Factors as they are, latents at their own rate, damped."""
+        latent = Pace(self._latent_rate, LATENT_DAMPING)
+        return [latent if part.ndim == 3 else Pace() for part in self.trained()]
+
+    def collect(self) -> None:
+        """By the chain rule, from the weights to factors and latents."""
+        for name, (start, factor) in self._vectors.items():
+            gradient = self._weights[name].grad
+            assert gradient is not None  # every vector takes part in every logit
+            factor.grad, self._weights[name].grad = gradient * start, None
+        for matrix in self._matrices.values():
+            matrix.collect()
+
+    def settle(self) -> None:
+        """Make vectors and matrices anew."""
+        with torch.no_grad():
+            for name, (start, factor) in self._vectors.items():
+                torch.mul(start, 1 + factor, out=self._weights[name])
+        for matrix in self._matrices.values():
+            matrix.settle()
+
+    def codes(self) -> int:
+        """How many there are in the matrices that are trained."""
+        return sum(matrix.weight.numel() for matrix in self._matrices.values())
+
+    def changed_codes(self) -> int:
+        """How many codes are others than at the start."""
+        return sum(matrix.changed_codes() for matrix in self._matrices.values())
+
+    def written(self) -> Iterator[tuple[str, FloatArray | QTensor]]:
+        """Every tensor as it is now, quantized ones on their grids."""
+        for name in self.student.names():
+            if name in self._matrices:
+                yield name, self._matrices[name].quantized()
+            elif name in self.student.grids:
+                yield name, self.student.read_quantized(name)
+            else:
+                yield name, self._weights[name].detach().numpy()
+
+    def _tensor(self, name: str) -> Tensor:
+        return self._weights[name]

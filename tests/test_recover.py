@@ -1,0 +1,330 @@
+"""Recovery on the grids: its gradients, what may move, killed runs, formats, the warning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from edgedistill.build import Options
+from edgedistill.cache import Cache
+from edgedistill.calibration import Calibration
+from edgedistill.chat import Chat
+from edgedistill.cli import app
+from edgedistill.distill import Distillation
+from edgedistill.errors import InputError, RecipeError, StageError
+from edgedistill.grid_learner import GridLearner, GridMatrix, GridTrained
+from edgedistill.healing_results import RECOVERY_FILE, Recovery
+from edgedistill.held_out import split_text
+from edgedistill.pipeline import Pipeline
+from edgedistill.plan import plan_build
+from edgedistill.plugins import load_plugin
+from edgedistill.preview import describe, preview
+from edgedistill.quantized import Grid, QTensor
+from edgedistill.recipe_load import load_recipe
+from edgedistill.stages.quantize_rtn import QuantizeRtn, round_to_grid
+from edgedistill.stages.recover import Recover
+from edgedistill.student import Student, dequantize_student
+from tests.pruned import edited, empty, load, logits, mean_kl, random_ids
+from tests.recipes import write_recipe
+
+Tiny = Callable[[str], Path]
+Quantized = Callable[..., Path]
+GRIDS = [Grid(2, 64), Grid(4, 32), Grid(4, 32, "integer"), Grid(8, 32)]
+SHORT = Calibration(sequence_tokens=64)
+BUDGET: dict[str, Any] = {
+    "tokens": 2048,
+    "batch_tokens": 128,
+    "held_out_tokens": 256,
+    "evaluations": 4,
+    "learning_rate": 3e-3,
+    "calibration": SHORT,
+}
+RECIPE = """\
+name: tiny
+student: {student}
+context_tokens: 64
+calibration: {{sequence_tokens: 64}}
+rungs:
+  float: []
+  plain:
+    - quantize_rtn: {{bits: 2}}
+  small:
+    - quantize_rtn: {{bits: 2}}
+    - recover: {{tokens: 512, batch_tokens: 128, held_out_tokens: 128, learning_rate: 0.003}}
+export: [gguf]
+"""
+
+
+@pytest.fixture(scope="module")
+def quantized(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Quantized:
+    """A tiny llama rounded to nearest, for the fields of ``quantize_rtn``; made once each."""
+    made: dict[str, Path] = {}
+
+    def make(**fields: Any) -> Path:
+        key = str(sorted(fields.items()))
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("quantized")
+            QuantizeRtn(**fields).run(tiny("llama"), made[key])
+        return made[key]
+
+    return make
+
+
+def _recover(
+    stage: Recover, src: Path, dst: Path, teacher: Path, work: Path | None = None
+) -> Recovery:
+    stage.run_beside(src, empty(dst), teacher=teacher, work=work)
+    return Recovery.model_validate_json((dst / RECOVERY_FILE).read_bytes())
+
+
+def _files(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+
+
+def _matrix(grid: Grid, *, codes: bool) -> tuple[GridMatrix, QTensor, npt.NDArray[np.float32]]:
+    weights = np.random.default_rng(3).normal(0, 0.1, (6, 128)).astype(np.float32)
+    rounded = round_to_grid(weights, grid)
+    return GridMatrix(rounded, codes=codes, origin=weights), rounded, weights
+
+
+def _loss_and_gradients(matrix: GridMatrix, towards: torch.Tensor) -> float:
+    """Of a loss that is linear in the weights, whose finite differences are exact."""
+    loss = (matrix.weight * towards).sum()
+    loss.backward()  # type: ignore[no-untyped-call]
+    matrix.collect()
+    return float(loss.detach())
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_gradients_are_the_differences_that_steps_make(grid: Grid) -> None:
+    """One code a step further, or a scale doubled: the loss moves by what the gradient says."""
+    matrix, rounded, _ = _matrix(grid, codes=True)
+    towards = torch.randn(6, 128, generator=torch.Generator().manual_seed(0))
+    before = _loss_and_gradients(matrix, towards)
+    assert matrix.latent is not None
+    assert matrix.latent.grad is not None
+    latent_gradient, factor_gradient = matrix.latent.grad.clone(), matrix.factor.grad
+    assert factor_gradient is not None
+    # Latents are told it in units of its root mean square.
+    steps_cost = towards.numpy() * np.repeat(rounded.scales.astype(np.float64), grid.group_size, 1)
+    size = np.sqrt(np.square(steps_cost).mean())
+    zeros = rounded.zero_points().astype(int)
+    for row, column in [(0, 0), (2, 70), (5, 127)]:
+        group, place = divmod(column, grid.group_size)
+        code = int(rounded.codes[row, column])
+        step = 1.0 if code < grid.max_code else -1.0
+        with torch.no_grad():
+            was = float(matrix.latent[row, group, place])
+            matrix.latent[row, group, place] = code - zeros[row, group] + step
+        matrix.settle()
+        moved = _loss_and_gradients(matrix, towards) - before
+        expected = step * size * float(latent_gradient[row, group, place])
+        assert moved == pytest.approx(expected, rel=1e-3, abs=2e-5)
+        with torch.no_grad():
+            matrix.latent[row, group, place] = was
+            matrix.factor[row, group] = 1.0
+        matrix.settle()
+        doubled = _loss_and_gradients(matrix, towards) - before
+        assert doubled == pytest.approx(float(factor_gradient[row, group]), rel=1e-3, abs=2e-5)
+        with torch.no_grad():
+            matrix.factor[row, group] = 0.0
+        matrix.settle()
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_nothing_moves_before_it_is_trained_and_latents_lean_towards_the_original(
+    grid: Grid,
+) -> None:
+    matrix, rounded, weights = _matrix(grid, codes=True)
+    now = matrix.quantized()
+    assert (now.codes == rounded.codes).all()
+    assert (now.scales == rounded.scales).all()
+    assert (matrix.weight.detach().numpy() == rounded.dequantize()).all()
+    assert matrix.latent is not None
+    scale = rounded.scales.astype(np.float32)[..., None]
+    lean = matrix.latent.detach().numpy() * scale - rounded.dequantize().reshape(
+        scale.shape[0], -1, grid.group_size
+    )
+    missing = (weights - rounded.dequantize()).reshape(lean.shape)
+    assert (lean * missing >= -1e-9).all()
+    assert np.abs(missing - lean).mean() < 0.5 * np.abs(missing).mean()
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_any_training_ends_on_the_grid_that_formats_hold(grid: Grid) -> None:
+    matrix, rounded, _ = _matrix(grid, codes=True)
+    noise = torch.Generator().manual_seed(1)
+    assert matrix.latent is not None
+    with torch.no_grad():
+        matrix.latent.add_(torch.randn(matrix.latent.shape, generator=noise) * 300)
+        matrix.factor.add_(torch.randn(matrix.factor.shape, generator=noise))
+    matrix.settle()
+    now = matrix.quantized()
+    assert now.codes.min() == (1 if grid.bits == 8 else 0)
+    assert now.codes.max() == grid.max_code
+    assert (now.zero_points() == rounded.zero_points()).all()
+    assert (matrix.weight.detach().numpy() == now.dequantize()).all()
+    if grid.zero == "integer":
+        # GGUF's Q4_1 stores the product of scale and zero point.
+        product = now.scales.astype(np.float32) * now.zero_points()
+        assert (product.astype(np.float16).astype(np.float32) == product).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fields", [{"bits": 2}, {"bits": 4}], ids=str)
+@pytest.mark.parametrize("trained", ["scales", "codes"])
+def test_recovery_lowers_the_kl_that_transformers_measures_and_moves_what_it_may(
+    tiny: Tiny, quantized: Quantized, tmp_path: Path, fields: dict[str, Any], trained: GridTrained
+) -> None:
+    src, teacher = quantized(**fields), tiny("llama")
+    found = _recover(Recover(trained=trained, **BUDGET), src, out := tmp_path / "out", teacher)
+    text = split_text(src, SHORT, Chat(), held_out_tokens=256).held_out
+    expected = logits(load(teacher), text)
+    dequantize_student(src, empty(tmp_path / "before"))
+    dequantize_student(out, empty(tmp_path / "after"))
+    before, after = (
+        mean_kl(expected, logits(load(tmp_path / name), text)) for name in ("before", "after")
+    )
+    assert after < 0.95 * before
+    assert found.kl_before == pytest.approx(before, rel=1e-3)
+    assert found.kl_after == pytest.approx(after, rel=1e-3)
+    was, now = Student(src), Student(out)
+    assert now.grids == was.grids
+    assert now.names() == was.names()
+    assert (now.read(was.facts.embedding) == was.read(was.facts.embedding)).all()
+    moved = 0
+    for layer in range(was.facts.layers):
+        for name in was.facts.linears(layer).values():
+            codes = now.read_quantized(name).codes != was.read_quantized(name).codes
+            moved += int(codes.sum())
+            assert (now.read_quantized(name).scales != was.read_quantized(name).scales).any()
+    assert (moved > 0) == (trained == "codes")
+    assert found.codes_changed == moved
+    assert (now.read(was.facts.final_norm) != was.read(was.facts.final_norm)).any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trained", ["scales", "codes"])
+def test_a_run_that_was_killed_ends_in_the_bytes_of_one_that_was_not(
+    tiny: Tiny,
+    quantized: Quantized,
+    tmp_path: Path,
+    trained: GridTrained,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    src, stage = quantized(bits=2), Recover(trained=trained, passes=4, **BUDGET)
+    work = empty(tmp_path / "work")
+    _recover(stage, src, tmp_path / "whole", tiny("llama"))
+    steps, plain = [0], Distillation._step
+
+    def dying(self: Distillation, *args: Any) -> None:
+        if steps[0] == 10:
+            raise KeyboardInterrupt
+        steps[0] += 1
+        plain(self, *args)
+
+    monkeypatch.setattr(Distillation, "_step", dying)
+    with pytest.raises(KeyboardInterrupt):
+        _recover(stage, src, tmp_path / "killed", tiny("llama"), work)
+    steps[0] = -100
+    _recover(stage, src, tmp_path / "resumed", tiny("llama"), work)
+    assert steps[0] == -100 + 8  # from the evaluation after 8 steps to the 16th
+    assert _files(tmp_path / "resumed") == _files(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format_name", ["gguf", "onnx"])
+def test_a_recovered_student_runs_in_its_runtime_as_its_dequantized_copy(
+    tiny: Tiny, quantized: Quantized, tmp_path: Path, format_name: str
+) -> None:
+    _recover(Recover(**BUDGET), quantized(bits=2), out := tmp_path / "out", tiny("llama"))
+    dequantize_student(out, empty(tmp_path / "plain"))
+    ids = random_ids(1, 64)
+    expected = logits(load(tmp_path / "plain"), ids)
+    exporter = load_plugin("exporters", format_name)()
+    exporter.export(Student(out), empty(tmp_path / format_name), context_tokens=256)
+    runtime = load_plugin("runtimes", exporter.runtime)()
+    with runtime.open(tmp_path / format_name, context_tokens=256, threads=1) as session:
+        found = np.concatenate(list(session.stream_logits(ids[0].tolist())))
+    # Activations are rounded to 8 bits; what was trained moved the logits far more.
+    assert mean_kl(expected, torch.from_numpy(found)[None]) < 0.02
+    dequantize_student(quantized(bits=2), empty(tmp_path / "before"))
+    assert mean_kl(expected, logits(load(tmp_path / "before"), ids)) > 0.2
+
+
+def test_what_cannot_be_recovered_is_refused(
+    tiny: Tiny, quantized: Quantized, tmp_path: Path
+) -> None:
+    facts = Student(tiny("llama")).facts
+    assert Recover().problems(facts, quantized=True) == []
+    assert "not quantized" in Recover().problems(facts, quantized=False)[0]
+    with pytest.raises(InputError, match="not quantized"):
+        _recover(Recover(**BUDGET), tiny("llama"), tmp_path / "float", tiny("llama"))
+    with pytest.raises(InputError, match="no teacher"):
+        Recover().run(quantized(bits=2), tmp_path)
+    other = edited(tiny("llama"), tmp_path / "other", lambda name, values: values)
+    text = (other / "tokenizer.json").read_text(encoding="utf-8")
+    (other / "tokenizer.json").write_text(text + "\n", encoding="utf-8")
+    with pytest.raises(InputError, match="another tokenizer"):
+        _recover(Recover(**BUDGET), quantized(bits=2), tmp_path / "out", other)
+    worse = Recover(**BUDGET | {"learning_rate": 1.0, "reach": 50.0})
+    with pytest.raises(StageError, match=r"did not lower|held-out KL is"):
+        _recover(worse, quantized(bits=4), tmp_path / "worse", tiny("llama"))
+
+
+def test_a_float_rung_that_wants_recovery_is_a_mistake_in_the_recipe(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    text = RECIPE.replace("  float: []", "  float: [recover: {{}}]")
+    with pytest.raises(RecipeError, match="behind the stage that quantizes"):
+        load_recipe(write_recipe(tmp_path, tiny("llama"), text))
+
+
+def test_plain_two_bits_are_warned_of_and_recovered_ones_are_not(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    path = write_recipe(tmp_path, tiny("llama"), RECIPE)
+    plan = preview(Options(recipe=path, cache=tmp_path / "cache"))
+    assert len(plan.warnings) == 1
+    assert plan.warnings[0].startswith("rungs.plain: quantize_rtn")
+    assert f"warning: {plan.warnings[0]}" in list(describe(plan))
+    checked = CliRunner().invoke(app, ["check", str(path)])
+    assert checked.exit_code == 0
+    assert checked.stderr.count("warning: rungs.") == 1
+
+
+@pytest.mark.slow
+def test_a_rung_is_quantized_and_then_recovered_by_the_reference(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    loaded = load_recipe(write_recipe(tmp_path, tiny("llama"), RECIPE))
+    steps = plan_build(loaded.recipe, tiny("llama"), machine="m")
+    small = next(a for a in steps.artifacts if a.rung == "small")
+    by_label = {step.label: step for step in steps.ordered()}
+    recover = by_label["small: recover"]
+    assert recover.inputs["teacher"] is steps.reference
+    pipeline = Pipeline(Cache(tmp_path / "cache"), lambda line: None)
+    pipeline.run([small.student])
+    out = pipeline.output(small.student)
+    assert out is not None
+    assert (out / RECOVERY_FILE).exists()
+    assert Student(out).is_quantized
+    assert not (tmp_path / "cache" / "work" / recover.key).exists()
+
+
+def test_a_pruned_student_is_not_told_what_its_matrices_were(
+    tiny: Tiny, quantized: Quantized, tmp_path: Path
+) -> None:
+    """Its latents start at its codes: blocks that moved up are others in the reference."""
+    learner = GridLearner(Student(quantized(bits=2)), "codes")
+    informed = GridLearner(Student(quantized(bits=2)), "codes", Student(tiny("llama")))
+    latents = [[t for t in x.trained() if t.ndim == 3] for x in (learner, informed)]
+    assert all((t == t.round()).all() for t in latents[0])
+    assert not any((t == t.round()).all() for t in latents[1])
