@@ -7,7 +7,7 @@ from typing import Literal
 import pytest
 
 from edgedistill.allocation_results import AllocatedMatrix, Allocation, StepUp
-from edgedistill.healing_results import Healing, HealingPoint
+from edgedistill.healing_results import Healing, HealingPoint, Recovery
 from edgedistill.pruning_results import (
     DomainFertility,
     DomainLoss,
@@ -147,6 +147,18 @@ def test_who_got_which_bits_is_shown_block_by_block(report: BuildReport) -> None
     assert "2 on 4 bits" in said
     assert page.count('class="bits-4"') == 2
     assert "would give 0.0071 back for 9 bytes" in page
+
+
+def test_a_recovery_says_how_many_codes_are_others(report: BuildReport) -> None:
+    fields = HEALING.model_dump() | {"trained": "codes", "sequences": 80}
+    recovery = Recovery(**fields, codes=1000, codes_changed=23)
+    rung = RungReport(rung="int4", recoveries=[recovery])
+    report = report.model_copy(update={"rungs": [rung]})
+    (said,) = rung_sentences(report, rung)
+    assert said.startswith("Recovery (codes")
+    assert "from 0.597 to 0.213" in said
+    assert "2.3% of the codes are others" in said
+    assert "Held-out KL over tokens" in render_page(report)
 
 
 def test_a_pruned_vocabulary_says_how_much_longer_texts_became() -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from edgedistill.allocation_results import AllocatedMatrix, Allocation
-from edgedistill.healing_results import Healing
+from edgedistill.healing_results import Healing, Recovery, Training
 from edgedistill.pruning_results import PrunedVocabulary, Pruning
 from edgedistill.report import words
 from edgedistill.report.svg import Canvas, Scale, nice_ticks
@@ -108,10 +108,21 @@ def vocabulary_sentences(vocabulary: PrunedVocabulary) -> Iterator[str]:
 
 def healing_sentence(healing: Healing) -> str:
     """What was trained, and what came of it."""
+    return f"Healing ({healing.trained}, {_training(healing)}"
+
+
+def recovery_sentence(recovery: Recovery) -> str:
+    """What was trained on the grids, and what came of it."""
+    changed = recovery.codes_changed / max(1, recovery.codes)
+    moved = f" {words.percent(changed)} of the codes are others now." if changed else ""
+    return f"Recovery ({recovery.trained}, {_training(recovery)}{moved}"
+
+
+def _training(healing: Training) -> str:
     tokens = healing.curve[-1].tokens
     ended = "; it had ceased to fall before the budget was spent" if healing.stopped_early else ""
     return (
-        f"Healing ({healing.trained}, {healing.parameters_trained:,} numbers, {tokens:,} tokens) "
+        f"{healing.parameters_trained:,} numbers, {tokens:,} tokens) "
         f"took the held-out KL from {words.number(healing.kl_before)} to "
         f"{words.number(healing.kl_after)} nats{ended}."
     )
@@ -165,11 +176,12 @@ def rung_sentences(report: BuildReport, rung: RungReport) -> list[str]:
     sentences = [line for pruning in rung.prunings for line in pruning_sentences(pruning)]
     sentences += [healing_sentence(healing) for healing in rung.healings]
     sentences += [allocation_sentence(allocation) for allocation in rung.allocations]
+    sentences += [recovery_sentence(recovery) for recovery in rung.recoveries]
     measured = [str(speed_up) for speed_up in speed_ups(report, rung)]
     return [*sentences, f"Measured: {'; '.join(measured)}."] if measured else sentences
 
 
-def healing_picture(healing: Healing) -> str:
+def healing_picture(healing: Training) -> str:
     """The held-out KL over the tokens that were trained on; the point that was kept is marked."""
     canvas = Canvas(WIDTH, HEIGHT, "Held-out KL over tokens")
     points = healing.curve
