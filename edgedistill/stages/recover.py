@@ -40,8 +40,8 @@ class Recover(Stage):
             the budget is spent by then.
         trained: ``codes`` trains codes, scales and norms; ``scales`` leaves the codes.
         learning_rate: at its peak, of the factors on scales and norms.
-        reach: how many steps of its grid a code goes whose gradient never changes sign: where it
-            does, codes stay, so that few tokens move few codes.
+        reach: the most steps of its grid that a code's latent number goes over the training, with
+            a gradient far above its matrix's others that never changes sign; most go far less.
         temperature: of both softmaxes in the loss.
         batch_tokens: for a step of the optimizer, in whole sequences.
         held_out_tokens: of the text, never trained on, that the KL is measured on.
