@@ -80,7 +80,7 @@ def distances(judge: Logits, judged: dict[str, Logits], ids: Tensor) -> dict[str
 def transformers_logits(student: Path) -> Logits:
     """The student in ``transformers``, float32, dequantized if it is quantized."""
     model = load_model(student, threads=torch.get_num_threads())
-    return lambda ids: model(ids).logits  # type: ignore[no-any-return]
+    return lambda ids: model(ids).logits
 
 
 class Watched(Distillation):

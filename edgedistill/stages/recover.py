@@ -58,7 +58,7 @@ class Recover(Stage):
     learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     reach: Annotated[float, Field(gt=0.0, le=100.0)] = 1.0
     temperature: Annotated[float, Field(gt=0.0, le=100.0)] = 1.0
-    batch_tokens: Annotated[int, Field(ge=16)] = 2048
+    batch_tokens: Annotated[int, Field(ge=16)] = 1024
     held_out_tokens: Annotated[int, Field(ge=32)] = 4096
     evaluations: Annotated[int, Field(ge=1, le=1000)] = 10
     patience: Annotated[int, Field(ge=1)] = 3
