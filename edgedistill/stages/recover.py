@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 # Of factors that start at 1.  Where codes move too, scales have less to make up for.
 LEARNING_RATES = {"scales": 2e-3, "codes": 2e-3}
 
+# In steps of the grid: where the optimizer takes few steps, none may throw codes about.
+MOST_LATENT_RATE = 0.1
+
 
 class Recover(Stage):
     """Distil the reference's logits into a quantized student, behind the stage that quantized it.
@@ -155,7 +158,7 @@ class Recover(Stage):
             self.trained,
             origin=_origin(student, reference),
             # Over a warm-up and a cosine the rate is half of its peak on average.
-            latent_rate=2 * self.reach / (self._steps * self._rate),
+            latent_rate=min(2 * self.reach / self._steps, MOST_LATENT_RATE) / self._rate,
         )
 
     def text(self, student: Path) -> SplitText:
