@@ -44,6 +44,7 @@ BUDGET: dict[str, Any] = {
     "held_out_tokens": 256,
     "evaluations": 4,
     "learning_rate": 3e-3,
+    "reach": 0.2,
     "calibration": SHORT,
 }
 RECIPE = """\
