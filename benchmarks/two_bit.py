@@ -133,18 +133,17 @@ def texts_of(student: Path, texts: dict[str, Path], tokens: int) -> dict[str, Te
     }
 
 
-def quantize(student: Path, dst: Path, text: Path, choice: MatrixGrids) -> float:
-    """GPTQ on some of the text, unless it is there; CPU seconds."""
-    took = dst.with_name(f"{dst.name}.json")
-    if not took.exists():
-        shutil.rmtree(dst, ignore_errors=True)
-        dst.mkdir()
-        started = time.process_time()
-        calibration = Calibration(file=text, tokens=GPTQ_TOKENS, sequence_tokens=SEQUENCE_TOKENS)
-        fields = choice.model_dump(exclude_unset=True)
-        QuantizeGptq(**fields, calibration=calibration).run(student, dst)
-        took.write_text(json.dumps(round(time.process_time() - started, 1)), encoding="utf-8")
-    return float(json.loads(took.read_text("utf-8")))
+def quantize(student: Path, dst: Path, text: Path, choice: MatrixGrids) -> None:
+    """GPTQ on some of the text, unless it is there."""
+    if dst.exists():
+        return
+    aside = dst.with_name(f"{dst.name}.new")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    calibration = Calibration(file=text, tokens=GPTQ_TOKENS, sequence_tokens=SEQUENCE_TOKENS)
+    fields = choice.model_dump(exclude_unset=True)
+    QuantizeGptq(**fields, calibration=calibration).run(student, aside)
+    aside.rename(dst)
 
 
 def recover(
@@ -204,7 +203,7 @@ def measure(
         }
     )
     quantized, recovered = work / f"{case}.gptq", work / f"{case}.recovered-{tokens}"
-    took = quantize(student, quantized, texts["calibration"], choice)
+    quantize(student, quantized, texts["calibration"], choice)
     found = recover(
         student,
         quantized,
@@ -216,7 +215,6 @@ def measure(
     judge, judged = transformers_logits(student), texts_of(student, texts, FINAL_TOKENS)
     result: dict[str, Any] = {
         "bits_per_weight": round(bits_per_weight(Student(quantized)), 3),
-        "gptq_cpu_seconds": took,
     }
     models = {"gptq": quantized, "recovered": recovered}
     runs = {name: transformers_logits(path) for name, path in models.items()}

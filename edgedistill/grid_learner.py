@@ -29,7 +29,7 @@ FloatArray = npt.NDArray[np.float32]
 # How far from its code towards the edge of what rounds to it a latent number may start.
 START_SHARE = 0.9
 # Against gradients of size 1: what moves a code is then how much it counts, not its sign alone.
-# Without it all latents walk at one pace, and half of the codes flip by noise, many at once.
+# Without it all latents walk at one pace, and codes flip by noise, many at once.
 LATENT_DAMPING = 3.0
 TINY = 1e-30  # the gradient of a matrix that nothing depends on
 

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 # Of factors that start at 1.  Where codes move too, scales have less to make up for.
 LEARNING_RATES = {"scales": 2e-3, "codes": 2e-3}
 
+# In steps of the grid: where the optimizer takes few steps, none may throw codes about.
+MOST_LATENT_RATE = 0.1
+
 
 class Recover(Stage):
     """Distil the reference's logits into a quantized student, behind the stage that quantized it.
@@ -40,8 +43,8 @@ class Recover(Stage):
             the budget is spent by then.
         trained: ``codes`` trains codes, scales and norms; ``scales`` leaves the codes.
         learning_rate: at its peak, of the factors on scales and norms.
-        reach: how many steps of its grid a code goes whose gradient never changes sign: where it
-            does, codes stay, so that few tokens move few codes.
+        reach: the most steps of its grid that a code's latent number goes over the training, with
+            a gradient far above its matrix's others that never changes sign; most go far less.
         temperature: of both softmaxes in the loss.
         batch_tokens: for a step of the optimizer, in whole sequences.
         held_out_tokens: of the text, never trained on, that the KL is measured on.
@@ -58,7 +61,7 @@ class Recover(Stage):
     learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     reach: Annotated[float, Field(gt=0.0, le=100.0)] = 1.0
     temperature: Annotated[float, Field(gt=0.0, le=100.0)] = 1.0
-    batch_tokens: Annotated[int, Field(ge=16)] = 2048
+    batch_tokens: Annotated[int, Field(ge=16)] = 1024
     held_out_tokens: Annotated[int, Field(ge=32)] = 4096
     evaluations: Annotated[int, Field(ge=1, le=1000)] = 10
     patience: Annotated[int, Field(ge=1)] = 3
@@ -157,7 +160,7 @@ class Recover(Stage):
             self.trained,
             origin=_origin(student, reference),
             # Over a warm-up and a cosine the rate is half of its peak on average.
-            latent_rate=2 * self.reach / (self._steps * self._rate),
+            latent_rate=min(2 * self.reach / self._steps, MOST_LATENT_RATE) / self._rate,
         )
 
     def text(self, student: Path) -> SplitText:
