@@ -1,8 +1,8 @@
 """4 bits in groups of 64, symmetric: our GPTQ against GPTQModel and AutoRound, on the same ids.
 
-    python benchmarks/four_bit_peers.py --student DIR --work DIR --only ours
-    python benchmarks/four_bit_peers.py --student DIR --work DIR --only gptqmodel --python ENV/bin/python
-    python benchmarks/four_bit_peers.py --student DIR --work DIR --only autoround --python ENV/bin/python
+    python benchmarks/four_bit_peers.py ours --student DIR --work DIR
+    python benchmarks/four_bit_peers.py gptqmodel --student DIR --work DIR --python ENV/bin/python
+    python benchmarks/four_bit_peers.py autoround --student DIR --work DIR --python ENV/bin/python
 
 Each peer runs in its own environment (see ``gptqmodel_peer.py``, ``autoround_peer.py``) and hands
 back the weights that its integers mean; all else stays float32.  Ours also has its embedding on 8
@@ -62,29 +62,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--student", type=Path, required=True, help="SmolLM2-135M, a directory")
     parser.add_argument("--work", type=Path, required=True, help="for texts, logits, weights")
-    parser.add_argument("--only", choices=["ours", *PEERS], required=True)
+    parser.add_argument("who", choices=["ours", *PEERS])
     parser.add_argument("--python", type=Path, help="the interpreter of the peer's environment")
     parser.add_argument("--tokens", type=int, default=16384, help="of calibration")
     parser.add_argument("--fields", type=json.loads, default={}, help="of the peer, as JSON")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    if arguments.only != "ours" and arguments.python is None:
-        parser.error(f"{arguments.only} needs --python")
+    if arguments.who != "ours" and arguments.python is None:
+        parser.error(f"{arguments.who} needs --python")
     work: Path = arguments.work
     work.mkdir(parents=True, exist_ok=True)
     student = off_grid_student(arguments.student, work)
     texts = write_texts(work)
     calibration = Calibration(file=texts["calibration"], tokens=arguments.tokens)
     ids = calibration_ids(student, calibration, Chat())
-    quantized = work / f"{arguments.only}.{os.getpid()}"
+    quantized = work / f"{arguments.who}.{os.getpid()}"
     quantized.mkdir()
     wall = time.monotonic()
-    if arguments.only == "ours":
+    if arguments.who == "ours":
         fields: dict[str, Any] = OURS.model_dump(exclude_unset=True)
         quantize_student(Student(student), quantized, ids, OURS)
     else:
-        fields = PEERS[arguments.only] | arguments.fields
-        run_peer(arguments.only, arguments.python, student, ids, fields, quantized)
+        fields = PEERS[arguments.who] | arguments.fields
+        run_peer(arguments.who, arguments.python, student, ids, fields, quantized)
     took = {
         "seconds": round(time.monotonic() - wall, 1),
         "cpu_seconds": round(_cpu_seconds(), 1),
@@ -98,7 +98,7 @@ def main() -> None:
         **judge.judge(by_transformers(quantized)),
     }
     shutil.rmtree(quantized)
-    name = f"{arguments.only}-{arguments.tokens}"
+    name = f"{arguments.who}-{arguments.tokens}"
     keep(arguments.out, f"{name}-{fields['iters']}" if "iters" in fields else name, measured)
 
 

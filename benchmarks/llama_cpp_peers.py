@@ -59,9 +59,7 @@ OURS: dict[str, Steps] = {
     "int4-embeddings4-integer": [
         {"quantize_gptq": {"bits": 4, "zero": "fixed", "embeddings": {"bits": 4}}}
     ],
-    "int4-integer-embeddings4": [
-        {"quantize_gptq": {"bits": 4, "embeddings": {"bits": 4}}},
-    ],
+    "int4-integer-embeddings4": [{"quantize_gptq": {"bits": 4, "embeddings": {"bits": 4}}}],
 }
 
 

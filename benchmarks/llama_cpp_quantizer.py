@@ -117,7 +117,7 @@ def weights_by_type(file: Path) -> dict[str, int]:
 
 
 def _entries(library: Any, importance: ImportanceMatrix) -> Any:
-    """The array of ``llama_model_imatrix_data``, ended by a null name; it keeps what it points to."""
+    """The array of ``llama_model_imatrix_data``, ended by a null name, with all it points to."""
     kind = library.llama_model_imatrix_data
     entries = (kind * (len(importance) + 1))()
     kept = []
