@@ -30,15 +30,19 @@ from safetensors import safe_open
 
 from edgedistill.calibration import Calibration, Ids, calibration_ids
 from edgedistill.chat import Chat
-from edgedistill.gptq_student import quantize_student
-from edgedistill.grid_choice import GridChoice, MatrixGrids
 from edgedistill.memory import peak_rss_bytes
+from edgedistill.stages.quantize_gptq import QuantizeGptq
 from edgedistill.student import Student, StudentWriter
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "four_bit_peers.json"
-EVALUATION_TOKENS, GROUP_SIZE = 10240, 64
-OURS = MatrixGrids(bits=4, group_size=GROUP_SIZE, zero="fixed", embeddings=GridChoice(bits=8))
+EVALUATION_TOKENS, BITS, GROUP_SIZE = 10240, 4, 64
+OURS: dict[str, Any] = {
+    "bits": BITS,
+    "group_size": GROUP_SIZE,
+    "zero": "fixed",
+    "embeddings": {"bits": 8},
+}
 PEERS: dict[str, dict[str, Any]] = {
     "gptqmodel": {
         "group_size": GROUP_SIZE,
@@ -80,8 +84,8 @@ def main() -> None:
     quantized.mkdir()
     wall = time.monotonic()
     if arguments.who == "ours":
-        fields: dict[str, Any] = OURS.model_dump(exclude_unset=True)
-        quantize_student(Student(student), quantized, ids, OURS)
+        fields = OURS
+        QuantizeGptq(**OURS, calibration=calibration).run(student, quantized)
     else:
         fields = PEERS[arguments.who] | arguments.fields
         run_peer(arguments.who, arguments.python, student, ids, fields, quantized)
@@ -127,7 +131,7 @@ def run_peer(
             raise SystemExit(f"{peer} gave other matrices: {set(weights.keys()) ^ linears}")
         for name in source.names():
             values = weights.get_tensor(name) if name in linears else source.read(name)
-            if name in linears and most_levels(values) > 1 << OURS.bits:
+            if name in linears and most_levels(values) > 1 << BITS:
                 raise SystemExit(f"{peer}: {name} has groups of {most_levels(values)} levels")
             writer.write(name, values)
     shutil.rmtree(scratch)
