@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="for texts, logits, weights")
     parser.add_argument("who", choices=["ours", *PEERS])
     parser.add_argument("--python", type=Path, help="the interpreter of the peer's environment")
-    parser.add_argument("--tokens", type=int, default=16384, help="of calibration")
+    parser.add_argument("--tokens", type=int, default=8192, help="of calibration")
     parser.add_argument("--fields", type=json.loads, default={}, help="of the peer, as JSON")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -119,7 +119,7 @@ def run_peer(
     command += ["--fields", json.dumps(fields)]
     # The peers' libraries are not ours: nothing of this environment may shadow them.
     kept = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    offline = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "GPTQMODEL_CPU_WORKERS": "1"}
+    offline = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "GPTQMODEL_CPU_WORKERS": "2"}
     subprocess.run(command, check=True, env=kept | offline)
     source = Student(student)
     linears = {name for name in source.facts.matrices() if name.endswith("_proj.weight")}

@@ -42,7 +42,7 @@ from edgedistill.student import Student
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "llama_cpp_peers.json"
-CALIBRATION_TOKENS, EVALUATION_TOKENS = 16384, 10240
+CALIBRATION_TOKENS, EVALUATION_TOKENS = 8192, 10240
 
 Steps = list[dict[str, dict[str, Any]]]
 
