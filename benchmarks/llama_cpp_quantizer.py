@@ -93,6 +93,9 @@ def quantize(
     entries = _entries(llama_cpp, importance or {})
     if importance:
         parameters.imatrix = entries
+    # The callback is the library's only one: whoever set it before gets it back.
+    before, data = llama_cpp.llama_log_callback(), ctypes.c_void_p()
+    llama_cpp.llama_log_get(ctypes.byref(before), ctypes.byref(data))
     callback = llama_cpp.llama_log_callback(remember)
     llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
     try:
@@ -100,7 +103,7 @@ def quantize(
             str(source).encode(), str(out).encode(), ctypes.byref(parameters)
         )
     finally:
-        llama_cpp.llama_log_set(llama_cpp.llama_log_callback(0), ctypes.c_void_p(0))
+        llama_cpp.llama_log_set(before, data)
     if status:
         raise StageError(f"llama_model_quantize returned {status}: {'; '.join(said)}")
     return weights_by_type(out)

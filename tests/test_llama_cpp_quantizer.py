@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from edgedistill.errors import StageError
+from edgedistill.errors import InputError, StageError
 from edgedistill.exporters.gguf import WEIGHTS_FILE, Gguf
 from edgedistill.gguf_file import GgufFile, gguf_package
+from edgedistill.runtimes.llama_cpp import LlamaCpp
 from edgedistill.runtimes.torch_reference import load_model
 from edgedistill.student import Student
 
@@ -90,6 +91,21 @@ def test_importance_moves_the_error_to_columns_that_count_less(
         return float((np.square(off) * importance[NAME]).sum())
 
     assert error(weighted) < 0.9 * error(plain)
+
+
+def test_the_log_goes_where_it_went_before(
+    source: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with LlamaCpp().open(source, context_tokens=32, threads=1) as session:
+        session.prefill([5])
+    capfd.readouterr()
+    quantize(source, tmp_path / "out.gguf", "Q4_0")
+    with LlamaCpp().open(tmp_path / "out.gguf", context_tokens=32, threads=1) as session:
+        session.prefill([5])
+    assert capfd.readouterr().err == ""
+    (tmp_path / "bad.gguf").write_bytes((tmp_path / "out.gguf").read_bytes()[:-5000])
+    with pytest.raises(InputError):
+        LlamaCpp().open(tmp_path / "bad.gguf", context_tokens=32, threads=1)
 
 
 def test_a_failure_tells_llama_cpps_reason(source: Path, tmp_path: Path) -> None:
