@@ -17,15 +17,12 @@ import json
 import platform
 import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
-from off_grid import take_off_grid
+from judge import SEQUENCE_TOKENS, Judge, by_transformers, off_grid_student, write_texts
 
 from edgedistill.calibration import Calibration, Ids, calibration_ids
 from edgedistill.chat import Chat
@@ -33,13 +30,11 @@ from edgedistill.gptq import GptqSettings
 from edgedistill.gptq_student import quantize_student
 from edgedistill.grid_choice import MatrixGrids
 from edgedistill.memory import peak_rss_bytes
-from edgedistill.runtimes.torch_reference import load_model
 from edgedistill.stages.quantize_rtn import QuantizeRtn
 from edgedistill.student import Student
 
 ROOT = Path(__file__).resolve().parents[1]
-SUITE = ROOT / "recipes" / "data" / "sentiment" / "suite.jsonl"
-CALIBRATION_TOKENS, EVALUATION_TOKENS, SEQUENCE_TOKENS = 6144, 4096, 512
+CALIBRATION_TOKENS, EVALUATION_TOKENS = 6144, 4096
 
 PLAIN = GptqSettings(
     damping=0.01, order="given", clipping="plain", sequential=False, compensation=0.0, polish=0
@@ -73,99 +68,6 @@ GRIDS = {
     "int4-g32-integer": MatrixGrids(bits=4, group_size=32, zero="integer"),
     "int2-g64": MatrixGrids(bits=2),
 }
-
-
-def write_texts(work: Path) -> dict[str, Path]:
-    """Calibration and evaluation texts as files; no paragraph is in two of them.
-
-    Topics quote each other, so topics that differ are not enough.
-    """
-    from pydoc_data.topics import topics
-
-    def paragraphs(names: list[str]) -> dict[str, str]:
-        """Its words -> a paragraph, each once."""
-        parts = (part for name in names for part in topics[name].split("\n\n"))
-        return {" ".join(part.split()): part for part in parts}
-
-    names = sorted(topics)
-    reviews = [
-        json.loads(line)["messages"][-1]["content"]
-        for line in SUITE.read_text("utf-8").splitlines()
-    ]
-    seen, unseen = paragraphs(names[::2]), paragraphs(names[1::2])
-    texts = {
-        "calibration": "\n\n".join(seen.values()),
-        "manual": "\n\n".join(text for key, text in unseen.items() if key not in seen),
-        "reviews": "\n".join(reviews),
-    }
-    paths = {}
-    for name, text in texts.items():
-        paths[name] = work / f"{name}.txt"
-        paths[name].write_text(text, encoding="utf-8")
-    return paths
-
-
-class Judge:
-    """The float student's log-probabilities on the evaluation texts, kept in files."""
-
-    def __init__(
-        self,
-        student: Path,
-        texts: dict[str, Path],
-        work: Path,
-        tokens: int = EVALUATION_TOKENS,
-    ) -> None:
-        def ids(name: str) -> list[Ids]:
-            settings = Calibration(file=texts[name], tokens=tokens, sequence_tokens=SEQUENCE_TOKENS)
-            return calibration_ids(student, settings, Chat())
-
-        self.ids = {name: ids(name) for name in ("manual", "reviews")}
-        self._files = {n: work / f"{n}.{student.name}.{tokens}.logits" for n in self.ids}
-        if not all(file.exists() for file in self._files.values()):
-            self._run(student)
-
-    def _run(self, student: Path) -> None:
-        model = load_model(student, threads=torch.get_num_threads())
-        for name, file in self._files.items():
-            written = file.with_suffix(".part")
-            with written.open("wb") as out:
-                for logits in log_probabilities(model, self.ids[name]):
-                    out.write(logits.tobytes())
-            written.rename(file)
-
-    def judge(self, student: Path) -> dict[str, dict[str, float]]:
-        """Mean KL in nats, its 99th percentile, top-1 agreement and perplexities, by text."""
-        model = load_model(student, threads=torch.get_num_threads())
-        return {name: self._distances(name, model) for name in self.ids}
-
-    def _distances(self, name: str, model: Any) -> dict[str, float]:
-        shape = len(self.ids[name]), SEQUENCE_TOKENS, -1
-        judged = np.memmap(self._files[name], dtype=np.float32, mode="r").reshape(shape)
-        kl, same, losses, own_losses = [], [], [], []
-        for ids, p, q in zip(
-            self.ids[name], judged, log_probabilities(model, self.ids[name]), strict=True
-        ):
-            kl.append((np.exp(p) * (p - q)).sum(axis=1, dtype=np.float64))
-            same.append(p.argmax(axis=1) == q.argmax(axis=1))
-            said = np.arange(len(ids) - 1), ids[1:]
-            losses.append(-q[said])
-            own_losses.append(-p[said])
-        every = np.concatenate(kl)
-        return {
-            "kl": round(float(every.mean()), 4),
-            "kl_p99": round(float(np.quantile(every, 0.99)), 3),
-            "top1": round(float(np.concatenate(same).mean()), 4),
-            "perplexity": round(float(np.exp(np.concatenate(losses).mean())), 3),
-            "perplexity_of_student": round(float(np.exp(np.concatenate(own_losses).mean())), 3),
-        }
-
-
-def log_probabilities(model: Any, sequences: list[Ids]) -> Iterator[npt.NDArray[np.float32]]:
-    """float32 [tokens, vocab] for each sequence."""
-    for ids in sequences:
-        with torch.inference_mode():
-            logits = model(torch.from_numpy(ids)[None]).logits[0]
-        yield torch.log_softmax(logits, dim=-1).numpy()
 
 
 def quantize(
@@ -216,14 +118,11 @@ def main() -> None:
     arguments.work.mkdir(parents=True, exist_ok=True)
     student = arguments.student
     if not arguments.on_grid:
-        student = arguments.work / "off-grid"
-        if not (student / "config.json").exists():
-            student.mkdir(exist_ok=True)
-            take_off_grid(Student(arguments.student), student)
+        student = off_grid_student(student, arguments.work)
     texts = write_texts(arguments.work)
     calibration = Calibration(file=texts["calibration"], tokens=CALIBRATION_TOKENS)
     ids = calibration_ids(student, calibration, Chat())
-    judge = Judge(student, texts, arguments.work)
+    judge = Judge(student, texts, arguments.work, EVALUATION_TOKENS)
     section = f"{arguments.grid}{' on the grid' if arguments.on_grid else ''}"
     for variant in arguments.only:
         found = json.loads(arguments.out.read_text("utf-8")) if arguments.out.exists() else {}
@@ -232,7 +131,7 @@ def main() -> None:
             continue
         quantized = arguments.work / f"{student.name}.{arguments.grid}.{variant}"
         took = quantize(student, quantized, ids, GRIDS[arguments.grid], variant)
-        results[variant] = {**took, **judge.judge(quantized)}
+        results[variant] = {**took, **judge.judge(by_transformers(quantized))}
         shutil.rmtree(quantized)
         quantized.with_name(quantized.name + ".json").unlink()
         found["settings"] = {

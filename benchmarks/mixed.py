@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from gptq import ROOT, Judge, write_texts
+from judge import ROOT, Judge, by_transformers, write_texts
 from off_grid import take_off_grid
 
 from edgedistill.allocation import allocate, describe_allocation
@@ -200,7 +200,7 @@ def measure(bench: Bench, step: str, judge: Judge | None) -> Any:
     shutil.rmtree(dst, ignore_errors=True)
     dst.mkdir()
     took = (rounded if step in ROUNDED else mixed)(bench, step, dst)
-    found = {**took, **judge.judge(dst)}
+    found = {**took, **judge.judge(by_transformers(dst))}
     shutil.rmtree(dst)
     return found
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gptq import write_texts
+from judge import write_texts
 from off_grid import take_off_grid
 from torch import Tensor
 
