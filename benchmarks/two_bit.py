@@ -39,7 +39,6 @@ from edgedistill.runtimes.torch_reference import load_model
 from edgedistill.stages.quantize_gptq import QuantizeGptq
 from edgedistill.stages.recover import Recover
 from edgedistill.student import Student, StudentWriter
-from edgedistill.training_text import TrainingText
 
 ROOT = Path(__file__).resolve().parents[1]
 GPTQ_TOKENS, CURVE_TOKENS, FINAL_TOKENS, SEQUENCE_TOKENS = 16384, 2048, 10240, 512
@@ -163,16 +162,15 @@ def recover(
         update={"calibration": Calibration(file=text, sequence_tokens=SEQUENCE_TOKENS)}
     )
     source, teacher = Student(quantized), Student(student)
-    learner, split = stage.learner(source, teacher), stage.text(quantized)
+    learner, split = stage.learner(source, teacher), stage.training_text(quantized)
     run = Watched(watched, stage, learner, teacher, work)
-    plain = TrainingText.plain
-    state = run.train(plain(split.fitting), plain(split.held_out))
+    state = run.train(split.fitting, split.held_out)
     with StudentWriter(dst, source) as writer:
         for name, value in learner.written():
             writer.write(name, value)
     return {
         "stage": stage.model_dump(mode="json", exclude={"calibration", "chat"}),
-        "sequences_of_text": len(split.fitting),
+        "sequences_of_text": len(split.fitting.ids),
         "kept_step": state.best_step,
         "codes_changed": learner.changed_codes(),
         "codes": learner.codes(),

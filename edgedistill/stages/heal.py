@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from edgedistill.calibration import Calibration
-from edgedistill.chat import Chat
 from edgedistill.decoder import DecoderFacts
+from edgedistill.distilling_stage import DistillingStage
 from edgedistill.errors import EdgedistillError, InputError
-from edgedistill.stage import Stage, StageCost
+from edgedistill.stage import StageCost
 from edgedistill.student import Student
 
 if TYPE_CHECKING:
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 LEARNING_RATES = {"full": 3e-4, "lora": 1e-3, "norms": 3e-3}
 
 
-class Heal(Stage):
+class Heal(DistillingStage):
     """Distil the teacher's logits into a float student, usually one that was pruned.
 
     The weights of the least held-out KL are written, and ``healing.json`` with the curve.  A run
@@ -37,72 +36,36 @@ class Heal(Stage):
             likeliest ids in the place of each (``edgedistill record`` writes it).
         reasoning: how an answer is written behind its ``reasoning``, where a line has one, such as
             ``"<think>{reasoning}</think>{answer}"``; by default reasoning is left out.
-        tokens: the budget; text that is read again counts again.
-        passes: how often the text is read: of a file so many tokens are taken that the budget
-            is spent by then.
         trained: ``full`` trains every tensor, ``lora`` products of low rank that are merged
             afterwards, ``norms`` norms and biases alone.
         rank: of the products.
-        temperature: of both softmaxes in the loss.
         next_token_weight: of the plain next-token loss, added to the KL.
         answer_weight: of a position that predicts a token of an answer, where others count 1.
         hidden_weight: of 1 - cosine between the last hidden states, added to the KL.
         tail_power: how much earlier lines of rare ``slices`` are read: with odds of
             ``count ** -tail_power``.
-        learning_rate: at its peak; the default depends on what is trained.
-        batch_tokens: for a step of the optimizer, in whole sequences.
-        held_out_tokens: of the text, never trained on, that the KL is measured on.
-        evaluations: how often that is done, evenly over the budget.
-        patience: evaluations without a fall of the held-out KL that end the training.
-        calibration: the text, where ``data`` gives none, and how it is cut into sequences; from
-            the recipe where it is not stated.
-        chat: likewise.
     """
 
     teacher: Path | None = None
     data: Path | None = None
     recorded: Path | None = None
     reasoning: str | None = None
-    tokens: Annotated[int, Field(ge=64)] = 65536
-    passes: Annotated[int, Field(ge=1)] = 1
     trained: Literal["full", "lora", "norms"] = "full"
     rank: Annotated[int, Field(ge=1, le=1024)] = 16
-    temperature: Annotated[float, Field(gt=0.0, le=100.0)] = 1.0
     next_token_weight: Annotated[float, Field(ge=0.0, le=100.0)] = 0.0
     answer_weight: Annotated[float, Field(gt=0.0, le=1000.0)] = 1.0
     hidden_weight: Annotated[float, Field(ge=0.0, le=1000.0)] = 0.0
     tail_power: Annotated[float, Field(ge=0.0, le=2.0)] = 0.0
-    learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
-    batch_tokens: Annotated[int, Field(ge=16)] = 2048
-    held_out_tokens: Annotated[int, Field(ge=32)] = 4096
-    evaluations: Annotated[int, Field(ge=1, le=1000)] = 10
-    patience: Annotated[int, Field(ge=1)] = 3
-    calibration: Calibration = Calibration()
-    chat: Chat = Chat()
 
     @property
     def wants_teacher(self) -> bool:
         """Unless the recipe names one, or a record."""
         return self.teacher is None and self.recorded is None
 
-    @property
-    def keeps_work(self) -> bool:
-        """A checkpoint for each evaluation."""
-        return True
-
     def cost(self, facts: DecoderFacts) -> StageCost:
-        """A live teacher once, the student there and back; weights, gradients, AdamW's two."""
-        passes = 3.0 if self.recorded else 4.0
-        measured = self.held_out_tokens * (self.evaluations + 2)
-        # Weights, and of what is trained: gradient, two moments, the best so far.
+        """As of every training; of what is trained also gradient, two moments, the best so far."""
         copies = 5 if self.trained == "full" else 1
-        head = 4 * facts.vocab_size * facts.hidden_size
-        # Of each block what the backward pass needs: about 12 states and 4 of the FFN's width.
-        kept = 4 * facts.layers * (12 * facts.hidden_size + 4 * facts.ffn_size)
-        activations = kept * self.calibration.sequence_tokens
-        return StageCost(
-            passes * self.tokens + measured, 4 * copies * facts.parameters + activations + 2 * head
-        )
+        return self.training_cost(facts, copies=copies, teacher=self.recorded is None)
 
     def problems(self, facts: DecoderFacts, quantized: bool) -> list[str]:
         """A quantized student; a teacher of another vocabulary; products that are no smaller."""
@@ -172,12 +135,7 @@ class Heal(Stage):
         Healing(
             trained=self.trained,
             parameters_trained=sum(tensor.numel() for tensor in decoder.trained()),
-            held_out_tokens=text.held_out.ids.numel(),
-            kl_before=state.curve[0].held_out_kl,
-            kl_after=state.best_kl,
-            kept_step=state.best_step,
-            stopped_early=state.stale >= self.patience,
-            curve=state.curve,
+            **self.outcome(state, text),
         ).write(dst)
 
     def _teacher(self, student: Student, path: Path | None) -> Student:
@@ -195,31 +153,15 @@ class Heal(Stage):
         return teacher
 
     def _text(self, src: Path) -> TrainingSplit:
-        from edgedistill.training_text import Emphasis, training_split
+        from edgedistill.training_text import Emphasis
 
-        length = self.calibration.sequence_tokens
-        # Whole sequences, of both parts.
-        read = -(-self.tokens // (self.passes * length)) * length
-        file = self.recorded or self.data or self.calibration.file
-        update = {"tokens": read + self.held_out_tokens, "file": file}
-        calibration = self.calibration.model_copy(update=update)
         emphasis = Emphasis(
             self.answer_weight, self.tail_power, self.recorded is not None, self.reasoning
         )
-        return training_split(
-            src, calibration, self.chat, emphasis, held_out_tokens=self.held_out_tokens
-        )
+        return self.training_text(src, emphasis, self.recorded or self.data)
 
     def _settings(self) -> DistillSettings:
-        from edgedistill.distill import DistillSettings
         from edgedistill.distill_loss import LossSettings
 
-        return DistillSettings(
-            tokens=self.tokens,
-            batch_tokens=self.batch_tokens,
-            learning_rate=self.learning_rate or LEARNING_RATES[self.trained],
-            loss=LossSettings(self.temperature, self.next_token_weight, self.hidden_weight),
-            evaluations=self.evaluations,
-            patience=self.patience,
-            seed=self.calibration.seed,
-        )
+        loss = LossSettings(self.temperature, self.next_token_weight, self.hidden_weight)
+        return self.distill_settings(self.learning_rate or LEARNING_RATES[self.trained], loss)

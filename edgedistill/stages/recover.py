@@ -11,16 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from edgedistill.calibration import Calibration
-from edgedistill.chat import Chat
 from edgedistill.decoder import DecoderFacts
+from edgedistill.distilling_stage import DistillingStage
 from edgedistill.errors import InputError
-from edgedistill.stage import Stage, StageCost
+from edgedistill.stage import StageCost
 
 if TYPE_CHECKING:
     from edgedistill.distill import DistillSettings
     from edgedistill.grid_learner import GridLearner
-    from edgedistill.held_out import SplitText
     from edgedistill.student import Student
 
 # Of factors that start at 1.  Where codes move too, scales have less to make up for.
@@ -30,7 +28,7 @@ LEARNING_RATES = {"scales": 2e-3, "codes": 2e-3}
 MOST_LATENT_RATE = 0.1
 
 
-class Recover(Stage):
+class Recover(DistillingStage):
     """Distil the reference's logits into a quantized student, behind the stage that quantized it.
 
     Codes, scales and norms of the least held-out KL are written, on the same grids, and
@@ -38,44 +36,18 @@ class Recover(Stage):
     goes on from its last evaluation, to the same bytes.
 
     Attributes:
-        tokens: the budget; text that is read again counts again.
-        passes: how often the text is read: of the calibration text so many tokens are taken that
-            the budget is spent by then.
         trained: ``codes`` trains codes, scales and norms; ``scales`` leaves the codes.
-        learning_rate: at its peak, of the factors on scales and norms.
         reach: the most steps of its grid that a code's latent number goes over the training, with
             a gradient far above its matrix's others that never changes sign; most go far less.
-        temperature: of both softmaxes in the loss.
-        batch_tokens: for a step of the optimizer, in whole sequences.
-        held_out_tokens: of the text, never trained on, that the KL is measured on.
-        evaluations: how often that is done, evenly over the budget.
-        patience: evaluations without a fall of the held-out KL that end the training.
-        calibration: the text, and how it is cut into sequences; from the recipe where it is not
-            stated.
-        chat: likewise.
     """
 
-    tokens: Annotated[int, Field(ge=64)] = 65536
-    passes: Annotated[int, Field(ge=1)] = 1
     trained: Literal["scales", "codes"] = "codes"
-    learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     reach: Annotated[float, Field(gt=0.0, le=100.0)] = 1.0
-    temperature: Annotated[float, Field(gt=0.0, le=100.0)] = 1.0
     batch_tokens: Annotated[int, Field(ge=16)] = 1024
-    held_out_tokens: Annotated[int, Field(ge=32)] = 4096
-    evaluations: Annotated[int, Field(ge=1, le=1000)] = 10
-    patience: Annotated[int, Field(ge=1)] = 3
-    calibration: Calibration = Calibration()
-    chat: Chat = Chat()
 
     @property
     def wants_teacher(self) -> bool:
         """The reference."""
-        return True
-
-    @property
-    def keeps_work(self) -> bool:
-        """A checkpoint for each evaluation."""
         return True
 
     @property
@@ -84,19 +56,11 @@ class Recover(Stage):
         return True
 
     def cost(self, facts: DecoderFacts) -> StageCost:
-        """The teacher once, the student forwards and backwards.
+        """As of every training.
 
         Weights and their gradients; of codes latent numbers, AdamW's two moments, the best so far.
         """
-        measured = self.held_out_tokens * (self.evaluations + 2)
-        copies = 6 if self.trained == "codes" else 3
-        head = 4 * facts.vocab_size * facts.hidden_size
-        # Of each block what the backward pass needs: about 12 states and 4 of the FFN's width.
-        kept = 4 * facts.layers * (12 * facts.hidden_size + 4 * facts.ffn_size)
-        activations = kept * self.calibration.sequence_tokens
-        return StageCost(
-            4.0 * self.tokens + measured, 4 * copies * facts.parameters + activations + 2 * head
-        )
+        return self.training_cost(facts, copies=6 if self.trained == "codes" else 3, teacher=True)
 
     def problems(self, facts: DecoderFacts, quantized: bool) -> list[str]:
         """A float student."""
@@ -123,32 +87,25 @@ class Recover(Stage):
         from edgedistill.healing_results import Recovery
         from edgedistill.kept_vocabulary import teacher_for
         from edgedistill.student import Student, StudentWriter
-        from edgedistill.training_text import TrainingText
 
         if teacher is None:
             raise InputError("recover has no teacher", hint="run it as a step of a recipe's rung")
         student = Student(src)
         self.refuse_misfit(student)
         reference = teacher_for(src, teacher)
-        text, learner = self.text(src), self.learner(student, reference)
+        text, learner = self.training_text(src), self.learner(student, reference)
         run = Distillation(learner, reference, self.settings(), work)
-        plain = TrainingText.plain
-        state = run.train(plain(text.fitting), plain(text.held_out))
+        state = run.train(text.fitting, text.held_out)
         with StudentWriter(dst, student) as writer:
             for name, value in learner.written():
                 writer.write(name, value)
         Recovery(
             trained=self.trained,
             parameters_trained=sum(tensor.numel() for tensor in learner.trained()),
-            sequences=len(text.fitting),
+            sequences=len(text.fitting.ids),
             codes=learner.codes(),
             codes_changed=learner.changed_codes(),
-            held_out_tokens=text.held_out.numel(),
-            kl_before=state.curve[0].held_out_kl,
-            kl_after=state.best_kl,
-            kept_step=state.best_step,
-            stopped_early=state.stale >= self.patience,
-            curve=state.curve,
+            **self.outcome(state, text),
         ).write(dst)
 
     def learner(self, student: Student, reference: Student) -> GridLearner:
@@ -163,35 +120,11 @@ class Recover(Stage):
             latent_rate=min(2 * self.reach / self._steps, MOST_LATENT_RATE) / self._rate,
         )
 
-    def text(self, student: Path) -> SplitText:
-        """What it is trained and measured on.
-
-        Raises:
-            InputError: as :func:`edgedistill.calibration.calibration_ids`.
-        """
-        from edgedistill.held_out import split_text
-
-        length = self.calibration.sequence_tokens
-        # Whole sequences, of both parts.
-        read = -(-self.tokens // (self.passes * length)) * length
-        update = {"tokens": read + self.held_out_tokens}
-        calibration = self.calibration.model_copy(update=update)
-        return split_text(student, calibration, self.chat, held_out_tokens=self.held_out_tokens)
-
     def settings(self) -> DistillSettings:
         """Of the training."""
-        from edgedistill.distill import DistillSettings
         from edgedistill.distill_loss import LossSettings
 
-        return DistillSettings(
-            tokens=self.tokens,
-            batch_tokens=self.batch_tokens,
-            learning_rate=self._rate,
-            loss=LossSettings(self.temperature),
-            evaluations=self.evaluations,
-            patience=self.patience,
-            seed=self.calibration.seed,
-        )
+        return self.distill_settings(self._rate, LossSettings(self.temperature))
 
     @property
     def _steps(self) -> int:

@@ -1,0 +1,129 @@
+"""What every stage that distils has: a budget, a text, and when to measure and to stop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
+
+from edgedistill.calibration import Calibration
+from edgedistill.chat import Chat
+from edgedistill.decoder import DecoderFacts
+from edgedistill.stage import Stage, StageCost
+
+if TYPE_CHECKING:
+    from edgedistill.distill import DistillSettings
+    from edgedistill.distill_loss import LossSettings
+    from edgedistill.distill_state import DistillState
+    from edgedistill.training_text import Emphasis, TrainingSplit
+
+
+class DistillingStage(Stage):
+    """Trains the student that arrives; what is written are the weights of the least held-out KL.
+
+    A run that is killed goes on from its last evaluation, to the same bytes.
+
+    Attributes:
+        tokens: the budget; text that is read again counts again.
+        passes: how often the text is read: of a file so many tokens are taken that the budget
+            is spent by then.
+        temperature: of both softmaxes in the loss.
+        learning_rate: at its peak; the default depends on what is trained.
+        batch_tokens: for a step of the optimizer, in whole sequences.
+        held_out_tokens: of the text, never trained on, that the KL is measured on.
+        evaluations: how often that is done, evenly over the budget.
+        patience: evaluations without a fall of the held-out KL that end the training.
+        calibration: the text, and how it is cut into sequences; from the recipe where it is not
+            stated.
+        chat: likewise.
+    """
+
+    tokens: Annotated[int, Field(ge=64)] = 65536
+    passes: Annotated[int, Field(ge=1)] = 1
+    temperature: Annotated[float, Field(gt=0.0, le=100.0)] = 1.0
+    learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    batch_tokens: Annotated[int, Field(ge=16)] = 2048
+    held_out_tokens: Annotated[int, Field(ge=32)] = 4096
+    evaluations: Annotated[int, Field(ge=1, le=1000)] = 10
+    patience: Annotated[int, Field(ge=1)] = 3
+    calibration: Calibration = Calibration()
+    chat: Chat = Chat()
+
+    @property
+    def keeps_work(self) -> bool:
+        """A checkpoint for each evaluation."""
+        return True
+
+    def training_cost(self, facts: DecoderFacts, *, copies: int, teacher: bool) -> StageCost:
+        """A live teacher's pass, the student there and back.
+
+        Args:
+            facts: of the student that arrives.
+            copies: of all its weights in float32 that are held at once.
+            teacher: whether there is one to ask.
+        """
+        passes = 4.0 if teacher else 3.0
+        measured = self.held_out_tokens * (self.evaluations + 2)
+        head = 4 * facts.vocab_size * facts.hidden_size
+        # Of each block what the backward pass needs: about 12 states and 4 of the FFN's width.
+        kept = 4 * facts.layers * (12 * facts.hidden_size + 4 * facts.ffn_size)
+        activations = kept * self.calibration.sequence_tokens
+        return StageCost(
+            passes * self.tokens + measured, 4 * copies * facts.parameters + activations + 2 * head
+        )
+
+    def training_text(
+        self, student: Path, emphasis: Emphasis | None = None, file: Path | None = None
+    ) -> TrainingSplit:
+        """What is trained and measured on.
+
+        Args:
+            student: whose tokenizer and chat template write it.
+            emphasis: of some text over other.
+            file: in the place of ``calibration.file``.
+
+        Raises:
+            InputError: as :func:`edgedistill.training_text.training_split`.
+        """
+        from edgedistill.training_text import Emphasis, training_split
+
+        length = self.calibration.sequence_tokens
+        # Whole sequences, of both parts.
+        read = -(-self.tokens // (self.passes * length)) * length
+        update = {
+            "tokens": read + self.held_out_tokens,
+            "file": file or self.calibration.file,
+        }
+        return training_split(
+            student,
+            self.calibration.model_copy(update=update),
+            self.chat,
+            emphasis or Emphasis(),
+            held_out_tokens=self.held_out_tokens,
+        )
+
+    def distill_settings(self, learning_rate: float, loss: LossSettings) -> DistillSettings:
+        """Of the training, at a peak learning rate."""
+        from edgedistill.distill import DistillSettings
+
+        return DistillSettings(
+            tokens=self.tokens,
+            batch_tokens=self.batch_tokens,
+            learning_rate=learning_rate,
+            loss=loss,
+            evaluations=self.evaluations,
+            patience=self.patience,
+            seed=self.calibration.seed,
+        )
+
+    def outcome(self, state: DistillState, text: TrainingSplit) -> dict[str, Any]:
+        """What came of the training, as fields of :class:`edgedistill.healing_results.Training`."""
+        return {
+            "held_out_tokens": text.held_out.ids.numel(),
+            "kl_before": state.curve[0].held_out_kl,
+            "kl_after": state.best_kl,
+            "kept_step": state.best_step,
+            "stopped_early": state.stale >= self.patience,
+            "curve": state.curve,
+        }
