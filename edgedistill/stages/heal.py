@@ -10,7 +10,7 @@ from pydantic import Field
 from edgedistill.decoder import DecoderFacts
 from edgedistill.distilling_stage import DistillingStage
 from edgedistill.errors import EdgedistillError, InputError
-from edgedistill.stage import StageCost
+from edgedistill.stage import Stage, StageCost
 from edgedistill.student import Student
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 LEARNING_RATES = {"full": 3e-4, "lora": 1e-3, "norms": 3e-3}
 
 
-class Heal(DistillingStage):
+class Heal(DistillingStage, Stage):
     """Distil the teacher's logits into a float student, usually one that was pruned.
 
     The weights of the least held-out KL are written, and ``healing.json`` with the curve.  A run

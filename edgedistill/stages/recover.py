@@ -14,7 +14,7 @@ from pydantic import Field
 from edgedistill.decoder import DecoderFacts
 from edgedistill.distilling_stage import DistillingStage
 from edgedistill.errors import InputError
-from edgedistill.stage import StageCost
+from edgedistill.stage import Stage, StageCost
 
 if TYPE_CHECKING:
     from edgedistill.distill import DistillSettings
@@ -28,7 +28,7 @@ LEARNING_RATES = {"scales": 2e-3, "codes": 2e-3}
 MOST_LATENT_RATE = 0.1
 
 
-class Recover(DistillingStage):
+class Recover(DistillingStage, Stage):
     """Distil the reference's logits into a quantized student, behind the stage that quantized it.
 
     Codes, scales and norms of the least held-out KL are written, on the same grids, and
