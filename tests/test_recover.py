@@ -245,7 +245,8 @@ def test_a_run_that_was_killed_ends_in_the_bytes_of_one_that_was_not(
 def test_a_recovered_student_runs_in_its_runtime_as_its_dequantized_copy(
     tiny: Tiny, quantized: Quantized, tmp_path: Path, format_name: str
 ) -> None:
-    _recover(Recover(**BUDGET), quantized(bits=2), out := tmp_path / "out", tiny("llama"))
+    stage = Recover(trained="codes", **BUDGET)
+    _recover(stage, quantized(bits=2), out := tmp_path / "out", tiny("llama"))
     dequantize_student(out, empty(tmp_path / "plain"))
     ids = random_ids(1, 64)
     expected = logits(load(tmp_path / "plain"), ids)

@@ -36,12 +36,12 @@ class Recover(DistillingStage, Stage):
     goes on from its last evaluation, to the same bytes.
 
     Attributes:
-        trained: ``codes`` trains codes, scales and norms; ``scales`` leaves the codes.
+        trained: ``scales`` trains scales and norms; ``codes`` moves codes as well.
         reach: the most steps of its grid that a code's latent number goes over the training, with
             a gradient far above its matrix's others that never changes sign; most go far less.
     """
 
-    trained: Literal["scales", "codes"] = "codes"
+    trained: Literal["scales", "codes"] = "scales"
     reach: Annotated[float, Field(gt=0.0, le=100.0)] = 1.0
     batch_tokens: Annotated[int, Field(ge=16)] = 1024
 
