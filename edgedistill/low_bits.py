@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from edgedistill.decoder import DecoderFacts
-from edgedistill.recipe import Recipe
+from edgedistill.recipe import Recipe, StageStep
 
 # SmolLM2-135M, group 64, technical text: 28.4 as float, 230 by sequential GPTQ.
 PRICE = "by GPTQ alone the perplexity of SmolLM2-135M rose to 8 times its own"
@@ -19,14 +19,25 @@ def low_bit_warnings(recipe: Recipe, facts: DecoderFacts) -> Iterator[str]:
         facts: of its student.
     """
     for rung, steps in recipe.rungs.items():
-        plain = None
+        plain, arriving = None, facts
         for step in [*recipe.stages, *steps]:
-            if any(grid.bits == 2 for grid in step.config.grids(facts)):
+            if _puts_on_two_bits(step, arriving):
                 plain = step.name
             elif step.config.recovers:
                 plain = None
+            arriving = step.config.facts_after(arriving)
         if plain is not None:
             yield (
                 f"rungs.{rung}: {plain} puts weights on 2 bits and nothing recovers what that "
-                f"loses: {PRICE}; put `recover` behind it"
+                f"loses: {PRICE}; `recover` behind it is meant for that (docs/compression.md says "
+                "how far it gets), and a suite tells what is left"
             )
+
+
+def _puts_on_two_bits(step: StageStep, facts: DecoderFacts) -> bool:
+    """Whether it is likely to: a mixture may need no 2 bits for its target."""
+    return any(
+        grid.bits == 2 and share > 0
+        for name in facts.matrices()
+        for grid, share in step.config.expected_grids(name, facts).items()
+    )

@@ -302,6 +302,16 @@ def test_plain_two_bits_are_warned_of_and_recovered_ones_are_not(
     assert checked.stderr.count("warning: rungs.") == 1
 
 
+@pytest.mark.parametrize(("bits", "warned"), [(3.5, True), (6.0, False)])
+def test_a_mixture_is_warned_of_where_its_target_wants_two_bits(
+    tiny: Tiny, tmp_path: Path, bits: float, warned: bool
+) -> None:
+    mixed = f"quantize_mixed: {{{{bits_per_weight: {bits}}}}}"
+    text = RECIPE.replace("quantize_rtn: {{bits: 2}}", mixed)
+    plan = preview(Options(recipe=write_recipe(tmp_path, tiny("llama"), text), cache=tmp_path))
+    assert [warning.startswith("rungs.plain:") for warning in plan.warnings] == [True] * warned
+
+
 @pytest.mark.slow
 def test_a_rung_is_quantized_and_then_recovered_by_the_reference(
     tiny: Tiny, tmp_path: Path
