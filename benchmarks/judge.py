@@ -1,8 +1,9 @@
 """Texts, and a judge that holds models against the float student: for all quantization benchmarks.
 
-Calibrated on every other topic of the Python manual (``pydoc_data.topics``), judged on the rest of
-it and on reviews (``recipes/data/sentiment/suite.jsonl``), another domain.  The reference is the
-float student by ``transformers`` in float32, whoever is judged.
+Calibrated on every other topic of the Python manual (``pydoc_data.topics``), or on as much of it
+as of training reviews; judged on the rest of it and on reviews
+(``recipes/data/sentiment/suite.jsonl``), another domain.  The reference is the float student by
+``transformers`` in float32, whoever is judged.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from edgedistill.student import Student
 
 ROOT = Path(__file__).resolve().parents[1]
 SUITE = ROOT / "recipes" / "data" / "sentiment" / "suite.jsonl"
+TRAIN = ROOT / "recipes" / "data" / "sentiment" / "train.jsonl"
 SEQUENCE_TOKENS = 512
+PASSAGE_CHARACTERS = 1600
 TEXTS = ("manual", "reviews")
 
 LogProbabilities = npt.NDArray[np.float32]
@@ -69,6 +72,25 @@ def write_texts(work: Path) -> dict[str, Path]:
         paths[name] = work / f"{name}.txt"
         paths[name].write_text(text, encoding="utf-8")
     return paths
+
+
+def write_two_domains(work: Path, manual: Path) -> Path:
+    """Passages of the manual and of training reviews, as many characters of each.
+
+    Args:
+        work: where the file is written.
+        manual: the calibration text that :func:`write_texts` wrote.
+    """
+    lines = TRAIN.read_text("utf-8").splitlines()
+    reviews = "\n".join(json.loads(line)["messages"][-1]["content"] for line in lines)
+    texts = (manual.read_text("utf-8"), reviews)
+    shorter = min(map(len, texts))
+    path = work / "two-domains.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for text in texts:
+            for start in range(0, shorter, PASSAGE_CHARACTERS):
+                file.write(json.dumps({"text": text[start : start + PASSAGE_CHARACTERS]}) + "\n")
+    return path
 
 
 class Judge:

@@ -2,16 +2,19 @@
 
     python benchmarks/llama_cpp_peers.py --student DIR --work DIR
     python benchmarks/llama_cpp_peers.py --student DIR --work DIR --only IQ4_XS int4
+    python benchmarks/llama_cpp_peers.py --student DIR --work DIR --text both --tokens 65536
 
-The student is SmolLM2-135M off its grid; all are calibrated on the same ids of the Python manual.
-Every file is judged by what llama.cpp computes with it (which rounds activations to 8 bits) against
-the float student by ``transformers``, on the rest of the manual and on reviews.  Results are kept
-one by one, and what is known is not measured again.
+The student is SmolLM2-135M off its grid; all are calibrated on the same ids, of the Python manual
+or of the manual and reviews in equal parts.  Every file is judged by what llama.cpp computes with
+it (which rounds activations to 8 bits) against the float student by ``transformers``, on the rest
+of the manual and on reviews.  Results are kept one by one, and what is known is not measured again;
+compressed students stay in ``--work`` until they are judged.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import platform
 import shutil
@@ -29,6 +32,7 @@ from judge import (
     log_softmax,
     off_grid_student,
     write_texts,
+    write_two_domains,
 )
 from llama_cpp_quantizer import importance_matrix, quantize, weights_by_type
 
@@ -42,7 +46,7 @@ from edgedistill.student import Student
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "llama_cpp_peers.json"
-CALIBRATION_TOKENS, EVALUATION_TOKENS = 8192, 10240
+EVALUATION_TOKENS = 10240
 
 Steps = list[dict[str, dict[str, Any]]]
 
@@ -72,17 +76,23 @@ def main() -> None:
     parser.add_argument("--student", type=Path, required=True, help="SmolLM2-135M, a directory")
     parser.add_argument("--work", type=Path, required=True, help="for texts, logits, files")
     parser.add_argument("--only", nargs="+", choices=[*PEERS, *OURS], default=[*PEERS, *OURS])
+    parser.add_argument("--text", choices=["manual", "both"], default="manual")
+    parser.add_argument("--tokens", type=int, default=8192, help="of calibration")
     parser.add_argument("--again", action="store_true", help="measure what is known too")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     student = off_grid_student(arguments.student, arguments.work)
     texts = write_texts(arguments.work)
-    calibration = Calibration(file=texts["calibration"], tokens=CALIBRATION_TOKENS)
+    file = texts["calibration"]
+    if arguments.text == "both":
+        file = write_two_domains(arguments.work, file)
+    calibration = Calibration(file=file, tokens=arguments.tokens)
+    section = f"{arguments.text}, {arguments.tokens} tokens"
     judge = Judge(student, texts, arguments.work, EVALUATION_TOKENS)
     for name in arguments.only:
         results = json.loads(arguments.out.read_text("utf-8")) if arguments.out.exists() else {}
-        if name in results.get("files", {}) and not arguments.again:
+        if name in results.get(section, {}) and not arguments.again:
             continue
         file = arguments.work / f"{name}.gguf"
         took = make(name, student, file, calibration)
@@ -93,7 +103,7 @@ def main() -> None:
             **judge.judge(by_llama_cpp(file)),
         }
         file.unlink()
-        keep(arguments.out, name, measured)
+        keep(arguments.out, section, name, measured)
         kl = {text: measured[text]["kl"] for text in judge.ids}
         print(name, measured["bytes"], kl, f"{measured['seconds']} s", flush=True)
 
@@ -110,9 +120,9 @@ def make(name: str, student: Path, file: Path, calibration: Calibration) -> dict
         steps: Steps | None = None
     else:
         steps = OURS[name]
-        compressed = run_steps(student, steps, calibration, file.with_suffix(""))
-        export(compressed, file)
-        shutil.rmtree(file.with_suffix(""))
+        work = file.with_name(f"{name}.{calibration.tokens}")
+        export(run_steps(student, steps, calibration, work), file)
+        shutil.rmtree(work)
     return {
         "steps": steps,
         "seconds": round(time.monotonic() - wall, 1),
@@ -123,15 +133,18 @@ def make(name: str, student: Path, file: Path, calibration: Calibration) -> dict
 
 def run_steps(student: Path, steps: Steps, calibration: Calibration, work: Path) -> Path:
     """Run the stages of a rung one after the other; the last one's directory, in ``work``."""
-    shutil.rmtree(work, ignore_errors=True)
     for number, step in enumerate(steps):
         ((name, fields),) = step.items()
+        written, aside = work / str(number), work / f"{number}.new"
+        if written.exists():  # by a run that was killed
+            student = written
+            continue
         kind = load_plugin("stages", name)
         given = {"calibration": calibration} if "calibration" in kind.model_fields else {}
-        written = work / str(number)
-        written.mkdir(parents=True)
-        kind(**(given | fields)).run(student, written)
-        student = written
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        kind(**(given | fields)).run(student, aside)
+        student = aside.rename(written)
     return student
 
 
@@ -148,7 +161,8 @@ def export(student: Path, file: Path) -> None:
 
 def kept_importance(student: Path, ids: list[Ids], work: Path) -> dict[str, Any]:
     """The importance matrix on ``ids``, computed once."""
-    kept = work / f"importance.{len(ids)}x{len(ids[0])}.npz"
+    digest = hashlib.sha256(np.stack(ids).tobytes()).hexdigest()[:8]
+    kept = work / f"importance.{digest}.npz"
     if not kept.exists():
         np.savez(kept, allow_pickle=False, **importance_matrix(Student(student), ids))
     with np.load(kept) as arrays:
@@ -167,12 +181,11 @@ def by_llama_cpp(file: Path) -> Predict:
     return predict
 
 
-def keep(out: Path, name: str, measured: dict[str, Any]) -> None:
+def keep(out: Path, section: str, name: str, measured: dict[str, Any]) -> None:
     """Add a result to the file, and under what settings."""
     results = json.loads(out.read_text("utf-8")) if out.exists() else {}
-    results.setdefault("files", {})[name] = measured
+    results.setdefault(section, {})[name] = measured
     results["settings"] = {
-        "calibration_tokens": CALIBRATION_TOKENS,
         "evaluation_tokens_a_text": EVALUATION_TOKENS,
         "sequence_tokens": SEQUENCE_TOKENS,
         "python": platform.python_version(),

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from judge import ROOT, Judge, by_transformers, write_texts
+from judge import ROOT, Judge, by_transformers, write_texts, write_two_domains
 from off_grid import take_off_grid
 
 from edgedistill.allocation import allocate, describe_allocation
@@ -44,9 +44,7 @@ from edgedistill.stages.quantize_mixed import QuantizeMixed, split_for_sensitivi
 from edgedistill.stages.quantize_rtn import QuantizeRtn
 from edgedistill.student import Student
 
-TRAIN = ROOT / "recipes" / "data" / "sentiment" / "train.jsonl"
 RESULTS = ROOT / "benchmarks" / "results" / "mixed.json"
-PASSAGE_CHARACTERS = 1600
 EVALUATION_TOKENS = 10240  # a text
 # Block, matrix, bits: early, middle and late, of every kind.
 PROBES = (
@@ -205,20 +203,6 @@ def measure(bench: Bench, step: str, judge: Judge | None) -> Any:
     return found
 
 
-def write_calibration(work: Path, manual: Path) -> Path:
-    """Passages of the manual and of training reviews, as many characters of each."""
-    lines = TRAIN.read_text("utf-8").splitlines()
-    reviews = "\n".join(json.loads(line)["messages"][-1]["content"] for line in lines)
-    texts = (manual.read_text("utf-8"), reviews)
-    shorter = min(map(len, texts))
-    path = work / "two-domains.jsonl"
-    with path.open("w", encoding="utf-8") as file:
-        for text in texts:
-            for start in range(0, shorter, PASSAGE_CHARACTERS):
-                file.write(json.dumps({"text": text[start : start + PASSAGE_CHARACTERS]}) + "\n")
-    return path
-
-
 def main() -> None:
     """Measure what the results lack."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -236,7 +220,7 @@ def main() -> None:
         take_off_grid(Student(arguments.student), path)
     texts = write_texts(arguments.work)
     calibration = Calibration(
-        file=write_calibration(arguments.work, texts["calibration"]), tokens=arguments.tokens
+        file=write_two_domains(arguments.work, texts["calibration"]), tokens=arguments.tokens
     )
     ids = calibration_ids(path, calibration, Chat())
     bench = Bench(Student(path), ids, tuple(arguments.formats), arguments.work)

@@ -74,7 +74,11 @@ class DistillingStage(Stage):
         )
 
     def training_text(
-        self, student: Path, emphasis: Emphasis | None = None, file: Path | None = None
+        self,
+        student: Path,
+        emphasis: Emphasis | None = None,
+        file: Path | None = None,
+        behind_tokens: int = 0,
     ) -> TrainingSplit:
         """What is trained and measured on.
 
@@ -82,6 +86,7 @@ class DistillingStage(Stage):
             student: whose tokenizer and chat template write it.
             emphasis: of some text over other.
             file: in the place of ``calibration.file``.
+            behind_tokens: of the text, which lie before what is held out.
 
         Raises:
             InputError: as :func:`edgedistill.training_text.training_split`.
@@ -92,7 +97,7 @@ class DistillingStage(Stage):
         # Whole sequences, of both parts.
         read = -(-self.tokens // (self.passes * length)) * length
         update = {
-            "tokens": read + self.held_out_tokens,
+            "tokens": max(read, behind_tokens) + self.held_out_tokens,
             "file": file or self.calibration.file,
         }
         return training_split(
@@ -101,6 +106,7 @@ class DistillingStage(Stage):
             self.chat,
             emphasis or Emphasis(),
             held_out_tokens=self.held_out_tokens,
+            behind_tokens=behind_tokens,
         )
 
     def distill_settings(self, learning_rate: float, loss: LossSettings) -> DistillSettings:

@@ -85,8 +85,9 @@ def training_split(
     emphasis: Emphasis,
     *,
     held_out_tokens: int,
+    behind_tokens: int = 0,
 ) -> TrainingSplit:
-    """The calibration text of a student, the first sequences of it held out.
+    """The calibration text of a student, some sequences of it held out.
 
     Args:
         student: a student directory.
@@ -94,6 +95,8 @@ def training_split(
         chat: the fixed part of every conversation.
         emphasis: of some text over other.
         held_out_tokens: that are held out at most; never more than half of the text.
+        behind_tokens: which lie before what is held out, or as many as the text leaves: an earlier
+            stage may have been calibrated on them.
 
     Raises:
         InputError: the file is unreadable or holds too little; it holds no answers where they are
@@ -115,8 +118,10 @@ def training_split(
             where=where,
             hint="give more text, or smaller calibration.sequence_tokens",
         )
-    parts = [_text(part, emphasis, where) for part in (pieces[held_out:], pieces[:held_out])]
-    return TrainingSplit(*parts)
+    start = min(behind_tokens // len(pieces[0].ids), len(pieces) - held_out)
+    stop = start + held_out
+    fitting = _text(pieces[:start] + pieces[stop:], emphasis, where)
+    return TrainingSplit(fitting, _text(pieces[start:stop], emphasis, where))
 
 
 def _text(pieces: Sequence[Piece], emphasis: Emphasis, where: str) -> TrainingText:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,13 @@ from typer.testing import CliRunner
 
 from edgedistill.build import Options
 from edgedistill.cache import Cache
-from edgedistill.calibration import Calibration
+from edgedistill.calibration import Calibration, calibration_ids
 from edgedistill.chat import Chat
 from edgedistill.cli import app
 from edgedistill.distill import Distillation
 from edgedistill.errors import InputError, RecipeError, StageError
 from edgedistill.grid_learner import GridLearner, GridMatrix, GridTrained
 from edgedistill.healing_results import RECOVERY_FILE, Recovery
-from edgedistill.held_out import split_text
 from edgedistill.pipeline import Pipeline
 from edgedistill.plan import plan_build
 from edgedistill.plugins import load_plugin
@@ -186,7 +186,8 @@ def test_recovery_lowers_the_kl_that_transformers_measures_and_moves_what_it_may
 ) -> None:
     src, teacher = quantized(**fields), tiny("llama")
     found = _recover(Recover(trained=trained, **BUDGET), src, out := tmp_path / "out", teacher)
-    text = split_text(src, SHORT, Chat(), held_out_tokens=256).held_out
+    # The built-in texts are shorter than `calibration.tokens`, so it is their end that is held out.
+    text = torch.from_numpy(np.stack(calibration_ids(src, SHORT, Chat())[-4:]))
     expected = logits(load(teacher), text)
     dequantize_student(src, empty(tmp_path / "before"))
     dequantize_student(out, empty(tmp_path / "after"))
@@ -209,6 +210,22 @@ def test_recovery_lowers_the_kl_that_transformers_measures_and_moves_what_it_may
     assert (moved > 0) == (trained == "codes")
     assert found.codes_changed == moved
     assert (now.read(was.facts.final_norm) != was.read(was.facts.final_norm)).any()
+
+
+def test_what_is_held_out_was_not_calibrated_on(tiny: Tiny, tmp_path: Path) -> None:
+    """GPTQ reads the first ``calibration.tokens`` of the text that recovery reads too."""
+    lines = [
+        json.dumps({"text": f"Sentence {n} of many, each another one. " * 8}) for n in range(60)
+    ]
+    (tmp_path / "text.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    calibration = Calibration(file=tmp_path / "text.jsonl", tokens=1024, sequence_tokens=64)
+    stage = Recover(**BUDGET | {"calibration": calibration, "tokens": 512})
+    split = stage.split_text(tiny("llama"))
+    held_out = {tuple(ids.tolist()) for ids in split.held_out.ids}
+    calibrated = calibration_ids(tiny("llama"), calibration, Chat())
+    assert len(held_out) == 4
+    assert held_out.isdisjoint(tuple(ids.tolist()) for ids in calibrated)
+    assert held_out.isdisjoint(tuple(ids.tolist()) for ids in split.fitting.ids)
 
 
 @pytest.mark.slow

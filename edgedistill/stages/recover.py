@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from edgedistill.distill import DistillSettings
     from edgedistill.grid_learner import GridLearner
     from edgedistill.student import Student
+    from edgedistill.training_text import TrainingSplit
 
 # Of factors that start at 1.  Where codes move too, scales have less to make up for.
 LEARNING_RATES = {"scales": 2e-3, "codes": 2e-3}
@@ -93,7 +94,7 @@ class Recover(DistillingStage, Stage):
         student = Student(src)
         self.refuse_misfit(student)
         reference = teacher_for(src, teacher)
-        text, learner = self.training_text(src), self.learner(student, reference)
+        text, learner = self.split_text(src), self.learner(student, reference)
         run = Distillation(learner, reference, self.settings(), work)
         state = run.train(text.fitting, text.held_out)
         with StudentWriter(dst, student) as writer:
@@ -107,6 +108,14 @@ class Recover(DistillingStage, Stage):
             codes_changed=learner.changed_codes(),
             **self.outcome(state, text),
         ).write(dst)
+
+    def split_text(self, student: Path) -> TrainingSplit:
+        """What is trained and measured on.
+
+        Text that the quantizing stage was calibrated on, the first ``calibration.tokens`` of it,
+        says nothing of what it lost on others: what is held out lies behind.
+        """
+        return self.training_text(student, behind_tokens=self.calibration.tokens)
 
     def learner(self, student: Student, reference: Student) -> GridLearner:
         """What is trained of a quantized student."""
