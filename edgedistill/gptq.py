@@ -24,6 +24,9 @@ from edgedistill.stages.quantize_rtn import round_to_grid
 Order = Literal["given", "columns", "groups"]
 Clipping = Literal["plain", "diagonal", "conditional"]
 
+# From these bits on, GPTQ gains too little to be waited for where it is not asked for.
+ROUNDED_FROM_BITS = 8
+
 # How far damping is raised, and in what steps, where a Hessian is not positive definite yet.
 DAMPING_STEP, MOST_DAMPING = 10.0, 1.0
 

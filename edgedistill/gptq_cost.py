@@ -10,6 +10,8 @@ from edgedistill.student import SHARD_BYTES
 HELD_BYTES = 256 * 1024 * 1024
 # Two streams, of which each reads the entry of every half twice, and its exit once more.
 FORWARDS_A_TOKEN = 5
+# Of the calibration text that what the head reads is taken from, in one more pass.
+HEAD_TOKENS = 8192
 
 
 def gptq_cost(facts: DecoderFacts, tokens: int) -> StageCost:
@@ -28,4 +30,4 @@ def gptq_cost(facts: DecoderFacts, tokens: int) -> StageCost:
     held += min(facts.parameters, SHARD_BYTES)
     # A Hessian of the widest inputs and what it is factorized through, in float64.
     held += 6 * 8 * wide * wide
-    return StageCost(FORWARDS_A_TOKEN * tokens, held)
+    return StageCost(FORWARDS_A_TOKEN * tokens + min(tokens, HEAD_TOKENS), held)

@@ -19,8 +19,9 @@ from torch.nn import functional
 from edgedistill.calibration import Ids
 from edgedistill.decoder_forward import HALVES, BlockWeights, DecoderForward, Half
 from edgedistill.errors import InputError
-from edgedistill.gptq import Gptq, GptqSettings, Inputs
-from edgedistill.gptq_cost import HELD_BYTES
+from edgedistill.gptq import ROUNDED_FROM_BITS, Gptq, GptqSettings, Inputs
+from edgedistill.gptq_cost import HEAD_TOKENS, HELD_BYTES
+from edgedistill.gptq_head import head_inputs, quantize_head
 from edgedistill.gptq_polish import FloatArray
 from edgedistill.progress import progress_bar
 from edgedistill.quantized import Grid, QTensor
@@ -39,7 +40,9 @@ def quantize_student(
     *,
     label: str,
 ) -> None:
-    """Write a quantized student: its blocks by GPTQ, embedding and head by rounding to nearest.
+    """Write a quantized student: blocks and head by GPTQ, the rest by rounding to nearest.
+
+    That is an embedding which is not the head, and a head on 8 bits.
 
     Args:
         student: not quantized.
@@ -62,11 +65,16 @@ def quantize_student(
     ):
         for name in sorted(set(student.names()) - set(matrices)):
             writer.write(name, read_finite(student, name))
+        settings = settings or GptqSettings()
         for name in dict.fromkeys([facts.head, facts.embedding]):
-            quantized = round_to_grid(read_finite(student, name), grid_of(name))
+            weights, grid = read_finite(student, name), grid_of(name)
+            if name == facts.head and grid.bits < ROUNDED_FROM_BITS:
+                inputs = head_inputs(student, torch.from_numpy(head_text(ids)))
+                quantized = quantize_head(weights, grid, inputs, settings)
+            else:
+                quantized = round_to_grid(weights, grid)
             writer.write(name, quantized)
             bar.advance()
-        settings = settings or GptqSettings()
         walk = _Walk(student, np.stack(ids), quantized.dequantize(), Path(scratch), settings)
         for name, quantized in _quantize_blocks(student, walk, grid_of, settings):
             writer.write(name, quantized)
@@ -249,6 +257,11 @@ def token_batches(sequences: int, tokens: int, most: int = BATCH_TOKENS) -> list
     """Which sequences go through a block at once: ``most`` tokens, but always a whole sequence."""
     step = max(1, most // tokens)
     return [slice(start, start + step) for start in range(0, sequences, step)]
+
+
+def head_text(ids: Sequence[Ids]) -> Ids:
+    """The first sequences, on which the head is calibrated: int64 [sequences, tokens]."""
+    return np.stack(ids[: max(1, HEAD_TOKENS // len(ids[0]))])
 
 
 def read_finite(student: Student, name: str) -> FloatArray:

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from edgedistill.decoder_forward import HALVES, BlockWeights, DecoderForward, Half
-from edgedistill.gptq import Gptq, GptqSettings, Inputs
+from edgedistill.gptq import ROUNDED_FROM_BITS, Gptq, GptqSettings, Inputs
+from edgedistill.gptq_head import head_inputs, quantize_head
 from edgedistill.gptq_polish import FloatArray
 from edgedistill.gptq_student import read_finite, token_batches
 from edgedistill.held_out import Head, mean_kl
@@ -31,7 +32,6 @@ from edgedistill.student import Student
 
 # As the matrices are quantized in the end, but for what would have to be known of the others.
 SETTINGS = GptqSettings(compensation=0.0, polish=0)
-ROUNDED_FROM_BITS = 8  # where GPTQ gains too little to be waited for
 
 Watch = Callable[[str, QTensor], None]
 Damage = dict[str, dict[Grid, float]]
@@ -66,7 +66,7 @@ def measure_damage(
         text: calibration text in two parts.
         scratch: a directory for what memory should not hold.
         seed: of the tokens that are drawn.
-        watch: shown every matrix of the blocks as it was quantized.
+        watch: shown every matrix as it was quantized.
 
     Raises:
         InputError: a weight is not finite, or too large for its grid.
@@ -108,10 +108,13 @@ class _Walk:
         self._measured = torch.from_numpy(whole[text.measured.numpy()])
         self._embeddings: dict[Grid, QTensor] = {}
         self._embedded: dict[Grid, Tensor] = {}
+        self._head_inputs = head_inputs(student, text.fitted)
         for grid in candidates[self._facts.embedding]:
-            quantized = round_to_grid(whole, grid)
+            tied = self._facts.tied_embeddings
+            quantized = self._of_head(whole, grid) if tied else round_to_grid(whole, grid)
+            self._show(self._facts.embedding, quantized)
             self._embedded[grid] = torch.from_numpy(quantized.dequantize()[text.measured.numpy()])
-            if self._facts.tied_embeddings:
+            if tied:
                 self._embeddings[grid] = quantized
 
     def block(self, layer: int) -> Damage:
@@ -147,8 +150,7 @@ class _Walk:
                     if size not in factors:
                         factors[size] = Gptq(Inputs(hessian), size, SETTINGS)
                     quantized = factors[size].quantize(values, grid)
-                if self._watch:
-                    self._watch(name, quantized)
+                self._show(name, quantized)
                 off = torch.from_numpy(values - quantized.dequantize())
                 error = functional.linear(x, off)
                 damage[name][grid] = self._weights[name].loss(error)
@@ -176,9 +178,20 @@ class _Walk:
         whole = read_finite(student, facts.head)
         of_head = {}
         for grid in self._candidates[facts.head]:
-            other = Head(student, round_to_grid(whole, grid).dequantize())
+            quantized = self._of_head(whole, grid)
+            self._show(facts.head, quantized)
+            other = Head(student, quantized.dequantize())
             of_head[grid] = self._kl(head, self._measured, other)
         return {facts.embedding: embedding, facts.head: of_head}
+
+    def _show(self, name: str, quantized: QTensor) -> None:
+        if self._watch:
+            self._watch(name, quantized)
+
+    def _of_head(self, weights: FloatArray, grid: Grid) -> QTensor:
+        if grid.bits >= ROUNDED_FROM_BITS:
+            return round_to_grid(weights, grid)
+        return quantize_head(weights, grid, self._head_inputs, SETTINGS)
 
     def _kl(self, head: Head, hidden: Tensor, other: Head) -> float:
         return mean_kl(head.log_probs, self._measured, other.log_probs, hidden)
