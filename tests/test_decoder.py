@@ -48,7 +48,7 @@ def test_tokens_behind_others_equal_transformers(tiny: Callable[[str], Path], fa
     found = []
     with torch.inference_mode():
         expected = model(ids).logits
-        for piece in ids.split([80, 1, 18, 1], dim=1):
+        for piece in torch.split(ids, [80, 1, 18, 1], dim=1):
             hidden = decoder.embed(piece)
             for weights, past in blocks:
                 hidden = decoder.through(weights, hidden, past=past)
