@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from edgedistill.decoder import DecoderFacts
 from edgedistill.student import Student
 
 Watch = Callable[[str, Tensor], None]
@@ -39,6 +40,31 @@ class BlockWeights:
     linears: dict[str, Tensor]
     norms: dict[str, Tensor]
     biases: dict[str, Tensor]
+
+
+class Past:
+    """Keys and values of the tokens that went through a block, for those that come behind.
+
+    Attributes:
+        tokens: how many went through.
+
+    Args:
+        facts: of the decoder.
+        sequences: that go through side by side.
+        most_tokens: of each.
+    """
+
+    def __init__(self, facts: DecoderFacts, sequences: int, most_tokens: int) -> None:
+        shape = (sequences, facts.kv_heads, most_tokens, facts.head_dim)
+        self._keys, self._values = torch.empty(shape), torch.empty(shape)
+        self.tokens = 0
+
+    def add(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """[sequences, kv heads, tokens, head_dim] each -> those of all tokens so far."""
+        before, self.tokens = self.tokens, self.tokens + keys.shape[2]
+        self._keys[:, :, before : self.tokens] = keys
+        self._values[:, :, before : self.tokens] = values
+        return self._keys[:, :, : self.tokens], self._values[:, :, : self.tokens]
 
 
 class DecoderForward:
@@ -77,10 +103,27 @@ class DecoderForward:
             watch: shown what enters the matrices, by the short name of the first that reads it:
                 ``q`` (for q, k, v), ``o``, ``gate`` (for gate, up) and ``down``.
         """
-        weights = self.read_block(layer)
+        return self.through(self.read_block(layer), hidden, watch)
+
+    def through(
+        self,
+        weights: BlockWeights,
+        hidden: Tensor,
+        watch: Watch | None = None,
+        past: Past | None = None,
+    ) -> Tensor:
+        """As :meth:`block`, with weights at hand.
+
+        Args:
+            weights: of the block.
+            hidden: [batch, tokens, hidden], behind what ``past`` has.
+            watch: as there.
+            past: what went through before, to which these tokens are added; None where they start
+                at position 0 and nothing follows.
+        """
         for half in HALVES:
             x = self.enter(half, weights, hidden)
-            inner = self.inner(half, weights, x)
+            inner = self.inner(half, weights, x, past)
             if watch:
                 watch(half.entry[0], x)
                 watch(half.exit, inner)
@@ -91,10 +134,12 @@ class DecoderForward:
         """What the half's first matrices read: the normalized stream."""
         return self._norm(hidden, weights.norms[half.norm])
 
-    def inner(self, half: Half, weights: BlockWeights, x: Tensor) -> Tensor:
+    def inner(
+        self, half: Half, weights: BlockWeights, x: Tensor, past: Past | None = None
+    ) -> Tensor:
         """What the half's last matrix reads: [..., hidden] -> [..., heads * head_dim] or ffn."""
         if half == ATTENTION:
-            return self._attention(weights, x)
+            return self._attention(weights, x, past)
         gated = functional.silu(self._linear(weights, "gate", x))
         return gated * self._linear(weights, "up", x)
 
@@ -107,7 +152,7 @@ class DecoderForward:
         normalized = self._norm(hidden, self._tensor(self.facts.final_norm))
         return functional.linear(normalized, self._tensor(self.facts.head))
 
-    def _attention(self, weights: BlockWeights, x: Tensor) -> Tensor:
+    def _attention(self, weights: BlockWeights, x: Tensor, past: Past | None) -> Tensor:
         """Causal grouped-query attention: [batch, tokens, hidden] -> [..., heads * head_dim]."""
         batch, tokens, _ = x.shape
         q, k, v = (
@@ -118,17 +163,27 @@ class DecoderForward:
         )
         if self.facts.qk_norm:
             q, k = self._norm(q, weights.norms["q"]), self._norm(k, weights.norms["k"])
-        q, k = self._rotate(q), self._rotate(k)
-        attended = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        before = 0 if past is None else past.tokens
+        q, k = self._rotate(q, before), self._rotate(k, before)
+        if past is not None:
+            k, v = past.add(k, v)
+        # Each token sees those before it and itself; torch's own mask counts from position 0.
+        mask = (
+            torch.ones(tokens, before + tokens, dtype=torch.bool).tril(before) if before else None
+        )
+        attended = functional.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=mask is None, enable_gqa=True
+        )
         return attended.transpose(1, 2).reshape(batch, tokens, -1)
 
     def _linear(self, weights: BlockWeights, short: str, x: Tensor) -> Tensor:
         """What a matrix of the block makes of its inputs: [..., columns] -> [..., rows]."""
         return functional.linear(x, weights.linears[short], weights.biases.get(short))
 
-    def _rotate(self, x: Tensor) -> Tensor:
-        """Rotary embedding of halves on [batch, heads, tokens, head_dim]."""
-        angles = torch.outer(torch.arange(x.shape[2], dtype=torch.float32), self._inverse)
+    def _rotate(self, x: Tensor, before: int) -> Tensor:
+        """Rotary embedding of halves on [batch, heads, tokens, head_dim], from a position on."""
+        positions = torch.arange(before, before + x.shape[2], dtype=torch.float32)
+        angles = torch.outer(positions, self._inverse)
         cos, sin = angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)  # [tokens, head_dim]
         low, high = x.chunk(2, dim=-1)
         return x * cos + torch.cat((-high, low), dim=-1) * sin

@@ -14,12 +14,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from edgedistill.continuation import continued
 from edgedistill.distill_loss import LossSettings, Target, teaching
 from edgedistill.distill_state import DistillState
 from edgedistill.errors import StageError
 from edgedistill.healing_results import HealingPoint
 from edgedistill.held_out import HEAD_POSITIONS, run_blocks
 from edgedistill.learner import Learner
+from edgedistill.on_policy import is_drawn
 from edgedistill.progress import Bar, progress_bar
 from edgedistill.student import Student
 from edgedistill.training_text import TrainingText
@@ -39,7 +41,8 @@ class DistillSettings:
         loss: how it is put together.
         evaluations: how often the held-out KL is taken, evenly over the budget.
         patience: evaluations without a fall of it that end the training.
-        seed: of the order in which sequences are read.
+        seed: of the order in which sequences are read, and of what the student writes.
+        on_policy: share of the sequences that the student continues itself; it needs a teacher.
     """
 
     tokens: int
@@ -49,6 +52,7 @@ class DistillSettings:
     evaluations: int = 10
     patience: int = 3
     seed: int = 0
+    on_policy: float = 0.0
 
 
 class Distillation:
@@ -99,7 +103,7 @@ class Distillation:
         batch = max(1, self._settings.batch_tokens // length)
         steps = max(1, self._settings.tokens // (batch * length))
         every = max(1, steps // self._settings.evaluations)
-        if steps * batch > len(text.ids):
+        if steps * batch > len(text.ids) and self._settings.on_policy < 1.0:
             self._teaching.remember(text)
         expected = self._teaching.targets(held_out, range(len(held_out.ids)))
         state = self._begin(held_out, expected)
@@ -126,15 +130,10 @@ class Distillation:
         self, state: DistillState, text: TrainingText, batch: int, steps: int, bar: Bar
     ) -> None:
         """One step of the optimizer on the next ``batch`` sequences."""
-        rows = [
-            _sequence(state.step * batch + i, len(text.ids), self._settings.seed)
-            for i in range(batch)
-        ]
-        expected = self._teaching.targets(text, rows)
         positions = batch * text.ids.shape[1]
         losses = [
-            self._backward(text.ids[row], target, positions)
-            for row, target in zip(rows, expected, strict=True)
+            self._backward(ids, target, positions)
+            for ids, target in self._lessons(text, state.step * batch, batch)
         ]
         torch.nn.utils.clip_grad_norm_(self._parameters, GRADIENT_NORM)
         self._student.collect()
@@ -146,6 +145,29 @@ class Distillation:
         self._student.settle()
         state.took(sum(losses), rate)
         bar.advance()
+
+    def _lessons(self, text: TrainingText, first: int, batch: int) -> list[tuple[Tensor, Target]]:
+        """The ids of the next sequences, and what is to be predicted along each.
+
+        Some may go on as the student writes them: these no teacher was asked about before.
+        """
+        settings = self._settings
+        numbers = range(first, first + batch)
+        rows = {number: _sequence(number, len(text.ids), settings.seed) for number in numbers}
+        own = [number for number in numbers if is_drawn(number, settings.on_policy)]
+        given = [number for number in numbers if number not in own]
+        lessons: dict[int, tuple[Tensor, Target]] = {}
+        if given:
+            targets = self._teaching.targets(text, [rows[number] for number in given])
+            ids = text.ids[[rows[number] for number in given]]
+            lessons |= zip(given, zip(ids, targets, strict=True), strict=True)
+        if own:
+            written = continued(
+                self._student, text, [rows[number] for number in own], own, settings.seed
+            )
+            targets = self._teaching.targets(written, range(len(own)))
+            lessons |= zip(own, zip(written.ids, targets, strict=True), strict=True)
+        return [lessons[number] for number in numbers]
 
     def _backward(self, ids: Tensor, target: Target, positions: int) -> float:
         """Add one sequence's share of the gradient; its share of the mean loss.

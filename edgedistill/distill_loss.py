@@ -30,7 +30,8 @@ class LossSettings:
 
     Attributes:
         temperature: of both softmaxes.
-        next_token_weight: of the plain next-token loss that is added.
+        next_token_weight: of the plain next-token loss that is added, where the next token is not
+            the student's own.
         hidden_weight: of 1 - cosine between the last hidden states, which is added.
     """
 
@@ -142,7 +143,8 @@ class _TeacherTarget(Target):
         self._weights = text.weights[row]
         ids = text.ids[row]
         self._next = torch.cat([ids[1:], ids[:1]])  # the last position has none
-        self._has_next = torch.arange(len(ids)) < len(ids) - 1
+        given = len(ids) if text.given is None else text.given
+        self._has_next = torch.arange(len(ids)) < given - 1
         self._settings = settings
 
     def loss(self, rows: slice, logits: Tensor, hidden: Tensor) -> Tensor:

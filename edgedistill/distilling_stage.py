@@ -55,22 +55,34 @@ class DistillingStage(Stage):
         """A checkpoint for each evaluation."""
         return True
 
-    def training_cost(self, facts: DecoderFacts, *, copies: int, teacher: bool) -> StageCost:
+    def training_cost(
+        self,
+        facts: DecoderFacts,
+        *,
+        copies: int,
+        teacher: bool,
+        writing: StageCost | None = None,
+    ) -> StageCost:
         """A live teacher's pass, the student there and back.
 
         Args:
             facts: of the student that arrives.
             copies: of all its weights in float32 that are held at once.
             teacher: whether there is one to ask.
+            writing: before each step, of text to train on.
         """
+        writing = writing or StageCost(0.0, 0)
         passes = 4.0 if teacher else 3.0
         measured = self.held_out_tokens * (self.evaluations + 2)
         head = 4 * facts.vocab_size * facts.hidden_size
         # Of each block what the backward pass needs: about 12 states and 4 of the FFN's width.
         kept = 4 * facts.layers * (12 * facts.hidden_size + 4 * facts.ffn_size)
         activations = kept * self.calibration.sequence_tokens
+        # A text is written before there are activations.
+        held = max(activations, writing.held_bytes)
         return StageCost(
-            passes * self.tokens + measured, 4 * copies * facts.parameters + activations + 2 * head
+            passes * self.tokens + measured + writing.forward_tokens,
+            4 * copies * facts.parameters + held + 2 * head,
         )
 
     def training_text(
@@ -109,7 +121,9 @@ class DistillingStage(Stage):
             behind_tokens=behind_tokens,
         )
 
-    def distill_settings(self, learning_rate: float, loss: LossSettings) -> DistillSettings:
+    def distill_settings(
+        self, learning_rate: float, loss: LossSettings, on_policy: float = 0.0
+    ) -> DistillSettings:
         """Of the training, at a peak learning rate."""
         from edgedistill.distill import DistillSettings
 
@@ -121,6 +135,7 @@ class DistillingStage(Stage):
             evaluations=self.evaluations,
             patience=self.patience,
             seed=self.calibration.seed,
+            on_policy=on_policy,
         )
 
     def outcome(self, state: DistillState, text: TrainingSplit) -> dict[str, Any]:

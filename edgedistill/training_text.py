@@ -41,11 +41,14 @@ class TrainingText:
         ids: int64 [sequences, tokens].
         weights: float32 [sequences, tokens]: of the loss at each position; their mean is 1.
         recorded: where no teacher is there to be asked.
+        given: how many tokens of each were there before the student that learns wrote the others;
+            None where it wrote none.
     """
 
     ids: Tensor
     weights: Tensor
     recorded: Recorded | None = None
+    given: int | None = None
 
     @classmethod
     def plain(cls, ids: Tensor) -> TrainingText:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from edgedistill.decoder import DecoderFacts
-from edgedistill.decoder_forward import DecoderForward
+from edgedistill.decoder_forward import DecoderForward, Past
 from edgedistill.errors import InputError
 from edgedistill.student import Student
 from tests.tiny import FAMILY_CONFIGS
@@ -30,6 +30,30 @@ def test_decoder_equals_transformers_past_the_original_context(
         logits = DecoderForward(student).logits(ids)
     assert expected.std() > 1.0
     torch.testing.assert_close(logits, expected, atol=2e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILY_CONFIGS)
+def test_tokens_behind_others_equal_transformers(tiny: Callable[[str], Path], family: str) -> None:
+    """In pieces of which each sees what went through before: many, one, several, one."""
+    from transformers import AutoModelForCausalLM
+
+    student = Student(tiny(family))
+    ids = torch.randint(0, 512, (2, 100), generator=torch.Generator().manual_seed(1))
+    model = AutoModelForCausalLM.from_pretrained(student.path, dtype=torch.float32).eval()
+    decoder = DecoderForward(student)
+    blocks = [
+        (decoder.read_block(layer), Past(student.facts, 2, 100))
+        for layer in range(student.facts.layers)
+    ]
+    found = []
+    with torch.inference_mode():
+        expected = model(ids).logits
+        for piece in torch.split(ids, [80, 1, 18, 1], dim=1):
+            hidden = decoder.embed(piece)
+            for weights, past in blocks:
+                hidden = decoder.through(weights, hidden, past=past)
+            found.append(decoder.head(hidden))
+    torch.testing.assert_close(torch.cat(found, 1), expected, atol=2e-3, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILY_CONFIGS)

@@ -10,6 +10,7 @@ from pydantic import Field
 from edgedistill.decoder import DecoderFacts
 from edgedistill.distilling_stage import DistillingStage
 from edgedistill.errors import EdgedistillError, InputError
+from edgedistill.on_policy import writing_cost
 from edgedistill.stage import Stage, StageCost
 from edgedistill.student import Student
 
@@ -44,6 +45,9 @@ class Heal(DistillingStage, Stage):
         hidden_weight: of 1 - cosine between the last hidden states, added to the KL.
         tail_power: how much earlier lines of rare ``slices`` are read: with odds of
             ``count ** -tail_power``.
+        on_policy: share of the sequences whose second half is what the student itself writes at
+            that moment, sampled at temperature 1; the teacher's logits are learned on it as on any
+            text.
     """
 
     teacher: Path | None = None
@@ -56,6 +60,7 @@ class Heal(DistillingStage, Stage):
     answer_weight: Annotated[float, Field(gt=0.0, le=1000.0)] = 1.0
     hidden_weight: Annotated[float, Field(ge=0.0, le=1000.0)] = 0.0
     tail_power: Annotated[float, Field(ge=0.0, le=2.0)] = 0.0
+    on_policy: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
 
     @property
     def wants_teacher(self) -> bool:
@@ -63,9 +68,22 @@ class Heal(DistillingStage, Stage):
         return self.teacher is None and self.recorded is None
 
     def cost(self, facts: DecoderFacts) -> StageCost:
-        """As of every training; of what is trained also gradient, two moments, the best so far."""
+        """As of every training, and of what the student writes.
+
+        Of what is trained also gradient, two moments, the best so far.
+        """
         copies = 5 if self.trained == "full" else 1
-        return self.training_cost(facts, copies=copies, teacher=self.recorded is None)
+        writing = writing_cost(
+            facts,
+            self.on_policy,
+            tokens=self.tokens,
+            batch_tokens=self.batch_tokens,
+            sequence_tokens=self.calibration.sequence_tokens,
+            copies=1 if self.on_policy and self.trained == "lora" else 0,
+        )
+        return self.training_cost(
+            facts, copies=copies, teacher=self.recorded is None, writing=writing
+        )
 
     def problems(self, facts: DecoderFacts, quantized: bool) -> list[str]:
         """A quantized student; a teacher of another vocabulary; products that are no smaller."""
@@ -101,6 +119,7 @@ class Heal(DistillingStage, Stage):
             "next_token_weight": self.next_token_weight != 0.0,
             "answer_weight": self.answer_weight != 1.0,
             "hidden_weight": self.hidden_weight != 0.0,
+            "on_policy": self.on_policy != 0.0,
         }
         return [
             f"{name}: means nothing beside `recorded`" for name, is_set in stated.items() if is_set
@@ -164,4 +183,5 @@ class Heal(DistillingStage, Stage):
         from edgedistill.distill_loss import LossSettings
 
         loss = LossSettings(self.temperature, self.next_token_weight, self.hidden_weight)
-        return self.distill_settings(self.learning_rate or LEARNING_RATES[self.trained], loss)
+        rate = self.learning_rate or LEARNING_RATES[self.trained]
+        return self.distill_settings(rate, loss, self.on_policy)
