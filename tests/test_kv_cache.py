@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
+from edgedistill.artifact_source import find_artifact
 from edgedistill.bench.roofline import bytes_per_token
-from edgedistill.build import Options, build
-from edgedistill.errors import RecipeError, StageError, UsageError
-from edgedistill.evaluate.command import Request, evaluate_artifact
+from edgedistill.errors import EdgedistillError, RecipeError, StageError, UsageError
 from edgedistill.exporters.gguf import Gguf
 from edgedistill.kv_cache import kv_cache_bits_of
 from edgedistill.manifest import MANIFEST_FILE, Manifest
+from edgedistill.pipeline import Step
 from edgedistill.plan import plan_build
 from edgedistill.plugins import load_runtime
+from edgedistill.readme import readme_of
 from edgedistill.recheck import Verifier
 from edgedistill.recipe_load import load_recipe
-from edgedistill.results import ArtifactReport
+from edgedistill.results import GoldenVector, Verification
 from edgedistill.runtimes.llama_cpp import LlamaCpp
 from edgedistill.student import Student
+from edgedistill.tasks import VERIFICATION_FILE
+from tests.manifests import write_manifest
 from tests.recipes import MINIMAL, write_recipe, write_suite
 from tests.tiny import write_student
 
@@ -216,94 +218,67 @@ def test_decoding_reads_half_the_cache(student: Path) -> None:
     assert whole - none == 2 * (half - none) == 100 * 2 * 3 * 2 * 32 * 2
 
 
-@dataclass(frozen=True)
-class Built:
-    """A build for a target with a cache of 8 bits: its directory, and what was reported."""
-
-    root: Path
-    student: Path
-    report: ArtifactReport
-
-    @property
-    def artifact(self) -> Path:
-        return self.root / "exports" / self.report.path
-
-    def with_bits(self, bits: int, directory: Path) -> Path:
-        """A copy whose manifest states other bits, by hand."""
-        shutil.copytree(self.artifact, directory)
-        file = directory / MANIFEST_FILE
-        manifest = Manifest.model_validate_json(file.read_bytes())
-        changed = manifest.model_copy(update={"kv_cache_bits": bits})
-        file.unlink()
-        file.write_text(changed.model_dump_json(indent=2))
-        return directory
+def published(artifact: Path, directory: Path, bits: int | None) -> Path:
+    """The artifact with a manifest that states these bits, and what it says with 8."""
+    shutil.copytree(artifact, directory)
+    with LlamaCpp(8).open(directory, context_tokens=256, threads=1) as session:
+        session.prefill(IDS[:20])
+        logits, steps, leads = session.step(IDS[20]), [], []
+        for _ in range(8):
+            second, first = np.sort(logits)[-2:]
+            steps.append(int(logits.argmax()))
+            leads.append(float(first - second))
+            logits = session.step(steps[-1])
+    golden = GoldenVector(prompt="", ids=IDS[:21], steps=steps, leads=leads)
+    write_manifest(directory, "gguf", [golden])
+    file = directory / MANIFEST_FILE
+    manifest = Manifest.model_validate_json(file.read_bytes())
+    changed = manifest.model_copy(update={"kv_cache_bits": bits})
+    file.write_text(changed.model_dump_json(indent=2))
+    return directory
 
 
-@pytest.fixture(scope="module")
-def built(student: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
-    root = tmp_path_factory.mktemp("built")
-    text = TARGETS.replace("  int8: [quantize_rtn: {{bits: 8}}]\n", "")
-    text += "  phone: {{format: gguf, kv_cache_bits: 8}}\nsuite: suite.jsonl\n"
-    recipe = write_recipe(root, student, text + "build: {{threads: 1}}\n")
-    write_suite(root / "suite.jsonl")
-    options = Options(recipe, cache=root / "cache", exports=root / "exports")
-    report, _ = build(options, lambda _: None)
-    return Built(root, student, report.artifacts[0])
+class InThisProcess(Verifier):
+    """Runs its one step here, and not in a process of its own."""
+
+    def run_step(self, step: Step) -> tuple[Verification | None, EdgedistillError | None]:
+        self.cache.mkdir(parents=True, exist_ok=True)
+        step.task.run({}, self.cache)
+        return Verification.model_validate_json((self.cache / VERIFICATION_FILE).read_bytes()), None
 
 
-@pytest.mark.slow
-def test_a_build_verifies_and_times_the_cache_that_ships(built: Built) -> None:
-    report = built.report
-    assert report.verification is not None
-    assert report.verification.passed, report.verification.checks
-    assert report.verification.settings["cache"] == "q8_0"
-    assert report.bench is not None
-    assert report.bench.settings["cache"] == "q8_0"
-    assert report.kv_cache_bits == 8
-    manifest = Manifest.model_validate_json((built.artifact / MANIFEST_FILE).read_bytes())
-    assert manifest.kv_cache_bits == 8
+@pytest.mark.parametrize(("bits", "cache"), [(8, "q8_0"), (16, "float16"), (None, "float16")])
+def test_verify_opens_the_cache_of_the_manifest(
+    artifact: Path, tmp_path: Path, bits: int | None, cache: str
+) -> None:
+    directory = published(artifact, tmp_path / "artifact", bits)
+    (found,) = InThisProcess(tmp_path / "cache", threads=1).recheck([directory]).artifacts
+    assert found.verification.settings["cache"] == cache
+    assert any(check.name.startswith("golden") for check in found.verification.checks)
+    if bits == 8:
+        assert found.verification.passed, found.verification.checks
 
 
-@pytest.mark.slow
+def test_an_artifact_that_lies_somewhere_claims_its_cache(artifact: Path, tmp_path: Path) -> None:
+    for bits in (8, None):
+        directory = published(artifact, tmp_path / str(bits), bits)
+        assert find_artifact(directory).claims.kv_cache_bits == bits
+
+
 def test_the_readme_opens_the_cache_that_was_measured(
-    built: Built, monkeypatch: pytest.MonkeyPatch
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import llama_cpp
 
-    text = (built.artifact / "README.md").read_text()
+    directory = published(artifact, tmp_path / "artifact", 8)
+    manifest = Manifest.model_validate_json((directory / MANIFEST_FILE).read_bytes())
+    text = readme_of(manifest)
     assert "--cache-type-k q8_0 --cache-type-v q8_0" in text
+    assert "cache" not in readme_of(manifest.model_copy(update={"kv_cache_bits": 16}))
     lines = text.partition("```python\n")[2].partition("```")[0].splitlines()
-    monkeypatch.chdir(built.artifact)
+    monkeypatch.chdir(directory)
     said: dict[str, llama_cpp.Llama] = {}
     exec("\n".join(lines[:-1]).replace("n_ctx", "verbose=False, n_ctx"), said)
-    with_eight = said["model"].context_params
-    assert with_eight.type_k == with_eight.type_v == llama_cpp.GGML_TYPE_Q8_0
+    opened = said["model"].context_params
+    assert opened.type_k == opened.type_v == llama_cpp.GGML_TYPE_Q8_0
     said["model"].close()
-
-
-@pytest.mark.slow
-def test_verify_opens_the_cache_of_the_manifest(built: Built, tmp_path: Path) -> None:
-    other = built.with_bits(16, tmp_path / "other")
-    found = Verifier(tmp_path / "cache", threads=1, tell=lambda _: None).recheck(
-        [built.artifact, other]
-    )
-    eight, sixteen = (item.verification for item in found.artifacts)
-    assert eight.passed, eight.checks
-    assert (eight.settings["cache"], sixteen.settings["cache"]) == ("q8_0", "float16")
-
-
-@pytest.mark.slow
-def test_evaluate_scores_with_the_cache_of_the_manifest(built: Built, tmp_path: Path) -> None:
-    def log_score(artifact: Path) -> float:
-        suite = (built.root / "suite.jsonl",)
-        asked = Request(artifact, suite, str(built.student), built.root / "cache", threads=1)
-        evaluation = evaluate_artifact(asked, lambda _: None).evaluation
-        assert evaluation is not None
-        return evaluation.overall.log_score
-
-    assert built.report.evaluation is not None
-    expected = built.report.evaluation.overall.log_score
-    assert log_score(built.artifact) == expected
-    changed = log_score(built.with_bits(16, tmp_path / "other"))
-    assert changed != expected
-    assert changed == pytest.approx(expected, abs=0.05)
