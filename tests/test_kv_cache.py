@@ -223,7 +223,9 @@ def published(artifact: Path, directory: Path, bits: int | None) -> Path:
     shutil.copytree(artifact, directory)
     with LlamaCpp(8).open(directory, context_tokens=256, threads=1) as session:
         session.prefill(IDS[:20])
-        logits, steps, leads = session.step(IDS[20]), [], []
+        logits = session.step(IDS[20])
+        steps: list[int] = []
+        leads: list[float] = []
         for _ in range(8):
             second, first = np.sort(logits)[-2:]
             steps.append(int(logits.argmax()))
