@@ -31,6 +31,7 @@ class Claims(BaseModel):
     Attributes:
         chat: the fixed part of every conversation with the model.
         context_tokens: for which it was made.
+        kv_cache_bits: in which it was measured to cache keys and values.
         recipe: that it was made by; ``rung`` the name of its rung there.
     """
 
@@ -38,6 +39,7 @@ class Claims(BaseModel):
 
     chat: Chat = Chat()
     context_tokens: int | None = Field(default=None, ge=1)
+    kv_cache_bits: int | None = None
     recipe: str | None = None
     rung: str | None = None
 

@@ -118,6 +118,7 @@ class _Gatherer:
             rung=steps.rung,
             format=steps.format,
             runtime=steps.runtime,
+            kv_cache_bits=steps.kv_cache_bits,
             path=f"{self._recipe.name}/{steps.rung}/{steps.format}",
             size_bytes=size_bytes,
             lineage=[step.label for step in steps.export.lineage()],

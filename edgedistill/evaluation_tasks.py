@@ -48,6 +48,7 @@ class ScoreHarness(Task):
     sample: int | None
     chat: Chat
     context_tokens: int
+    kv_cache_bits: int | None = None
 
     def run(self, inputs: Mapping[str, Path], dst: Path) -> None:
         """Reads ``student`` and ``artifact``, if given; writes ``suite.jsonl`` and scores."""
@@ -64,6 +65,7 @@ class ScoreHarness(Task):
             chat=self.chat,
             threads=self.threads,
             context_tokens=self.context_tokens,
+            kv_cache_bits=self.kv_cache_bits,
         )
 
     def plugins(self) -> list[tuple[Kind, str]]:
@@ -80,6 +82,7 @@ class ScoreUntilDecided(Task):
     context_tokens: int
     floor: Floor | None
     slices: dict[str, SliceSpec]
+    kv_cache_bits: int | None = None
 
     def run(self, inputs: Mapping[str, Path], dst: Path) -> None:
         """Reads ``artifact``, ``student`` and ``reference_scores``, writes ``scores.jsonl``."""
@@ -97,6 +100,7 @@ class ScoreUntilDecided(Task):
             chat=self.chat,
             threads=self.threads,
             context_tokens=self.context_tokens,
+            kv_cache_bits=self.kv_cache_bits,
         )
 
     def plugins(self) -> list[tuple[Kind, str]]:
@@ -137,6 +141,7 @@ class Traffic(Task):
     runtime: str
     suite: tuple[Path, ...]
     context_tokens: int
+    kv_cache_bits: int | None = None
 
     def run(self, inputs: Mapping[str, Path], dst: Path) -> None:
         """Reads ``artifact``, ``student`` and ``reference_traffic``, writes ``traffic.json``.
@@ -154,6 +159,7 @@ class Traffic(Task):
             vocabulary=inputs.get("vocabulary"),
             threads=self.threads,
             context_tokens=self.context_tokens,
+            kv_cache_bits=self.kv_cache_bits,
         )
         (dst / TRAFFIC_FILE).write_text(found.model_dump_json(indent=2), encoding="utf-8")
 

@@ -74,6 +74,8 @@ class Manifest(Document):
     """The contents of ``manifest.json``; it names no time and no place, so equal means equal.
 
     Attributes:
+        kv_cache_bits: in which keys and values were cached wherever it was measured; None where the
+            runtime has no choice.
         golden: what the artifact says, so that a device can prove that it runs this one.
         router: the confidence from which the app may trust the artifact.
         floor: that it was held to, on all cases; ``slices`` the capability spec.
@@ -89,6 +91,7 @@ class Manifest(Document):
     license: str | None
     student: str
     context_tokens: int
+    kv_cache_bits: int | None = None
     chat: Chat
     parameters: int
     size_bytes: int
@@ -148,6 +151,7 @@ def make_manifest(
         license=recipe.license,
         student=student,
         context_tokens=recipe.context_tokens,
+        kv_cache_bits=report.kv_cache_bits,
         chat=recipe.chat,
         parameters=report.parameters,
         size_bytes=report.size_bytes,

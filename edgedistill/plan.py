@@ -12,6 +12,7 @@ from edgedistill.content import ContentHashes
 from edgedistill.errors import UsageError
 from edgedistill.evaluate.waivers import in_force, read_waivers, utc_today
 from edgedistill.evaluation_tasks import ReadTraffic, ScoreUntilDecided, Traffic
+from edgedistill.kv_cache import kv_cache_bits_of
 from edgedistill.pipeline import Step, unique
 from edgedistill.plugins import did_you_mean, load_plugin
 from edgedistill.recipe import Recipe, StageStep
@@ -45,6 +46,7 @@ class ArtifactSteps:
         score, compare: None without a suite.
         bench: None where the runtime's speed says nothing about a device.
         traffic: None without a traffic file, and where another format of the rung judges.
+        kv_cache_bits: in which it caches keys and values; None where its runtime has no choice.
     """
 
     rung: str
@@ -59,6 +61,7 @@ class ArtifactSteps:
     compare: Step | None
     bench: Step | None
     traffic: Step | None = None
+    kv_cache_bits: int | None = None
 
 
 @dataclass(frozen=True)
@@ -188,7 +191,12 @@ class _Planner:
             compare=compare,
             bench=None if limited else self._bench(label, runtime, student, export),
             traffic=self._traffic(label, runtime, student, export) if judges else None,
+            kv_cache_bits=self._kv_cache_bits(label),
         )
+
+    def _kv_cache_bits(self, label: str) -> int | None:
+        rung, _, format_name = label.partition("/")
+        return kv_cache_bits_of(self._recipe, rung, format_name)
 
     def _verify(self, label: str, name: str, runtime: str, student: Step, export: Step) -> Step:
         rung, vocabulary = label.partition("/")[0], _vocabulary_of(student)
@@ -208,6 +216,7 @@ class _Planner:
             context_tokens=self._recipe.context_tokens,
             threads=self._threads,
             pruned=self._is_pruned(label.partition("/")[0]),
+            kv_cache_bits=self._kv_cache_bits(label),
         )
         return self._step(f"{label}: verify", task, **inputs)
 
@@ -268,6 +277,7 @@ class _Planner:
             "chat": recipe.chat,
             "context_tokens": recipe.context_tokens,
             "threads": self._threads,
+            "kv_cache_bits": self._kv_cache_bits(label),
         }
         # The reference's tokenizer and template ask every rung the same questions; a rung with
         # tokens of its own is asked the same strings.
@@ -326,6 +336,7 @@ class _Planner:
             suite=self._recipe.suite,
             context_tokens=self._recipe.context_tokens,
             threads=self._threads,
+            kv_cache_bits=self._kv_cache_bits(label),
         )
         inputs = {"student": self._reference, "reference_traffic": self._reference_traffic}
         vocabulary = _vocabulary_of(student)
@@ -339,6 +350,7 @@ class _Planner:
             context_tokens=self._recipe.context_tokens,
             machine=self._machine,
             threads=self._threads,
+            kv_cache_bits=self._kv_cache_bits(label),
         )
         inputs = {"artifact": export, "student": student}
         return Step(f"{label}: bench", task, inputs, self._hashes, fresh=self._rebench)

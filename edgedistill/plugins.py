@@ -86,6 +86,21 @@ def load_plugin(kind: Kind, name: str) -> type[Any]:
     return found[0]
 
 
+def load_runtime(name: str, kv_cache_bits: int | None = None) -> Runtime:
+    """A runtime as an artifact ships: every session on one is opened through this.
+
+    Args:
+        name: its file name in ``runtimes/``.
+        kv_cache_bits: in which it caches keys and values; None leaves it its own default.
+
+    Raises:
+        UsageError: there is no such runtime, or it has no such cache.
+        UnavailableError: a library that it needs is not installed.
+    """
+    runtime = load_plugin("runtimes", name)()
+    return runtime if kv_cache_bits is None else runtime.with_kv_cache_bits(kv_cache_bits)
+
+
 def did_you_mean(name: str, known: Sequence[str], otherwise: str) -> str:
     """A hint: the nearest known name, or all of them after the word ``otherwise``."""
     near = difflib.get_close_matches(name, known, n=1)

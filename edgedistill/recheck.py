@@ -132,6 +132,7 @@ class Verifier:
             context_tokens=manifest.context_tokens,
             golden=tuple(manifest.golden),
             threads=self.threads,
+            kv_cache_bits=manifest.kv_cache_bits,
         )
         replayed, problem = self.run_step(Step(f"{name}: replay", task, fresh=True))
         return _joined(made, replayed, problem, "golden: tokens")
@@ -182,7 +183,12 @@ class _Foreign:
             runtime = find_runtime(source)
         except EdgedistillError as error:
             return _joined(made, None, error, "file: readable")
-        task = VerifyForeign(format=source.format, runtime=runtime, threads=self._verifier.threads)
+        task = VerifyForeign(
+            format=source.format,
+            runtime=runtime,
+            threads=self._verifier.threads,
+            kv_cache_bits=source.claims.kv_cache_bits,
+        )
         step = self._step(f"{path.name}: verify", task, **inputs)
         found, problem = self._verifier.run_step(step)
         return _joined(made, found, problem, "file: readable")

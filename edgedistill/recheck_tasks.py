@@ -22,13 +22,14 @@ class ReplayGolden(Task):
     runtime: str
     context_tokens: int
     golden: tuple[GoldenVector, ...]
+    kv_cache_bits: int | None = None
 
     def run(self, inputs: Mapping[str, Path], dst: Path) -> None:
         """Writes ``verification.json``."""
-        from edgedistill.plugins import load_plugin
+        from edgedistill.plugins import load_runtime
         from edgedistill.verify.golden import replay_golden
 
-        runtime = load_plugin("runtimes", self.runtime)()
+        runtime = load_runtime(self.runtime, self.kv_cache_bits)
         with runtime.open(
             self.artifact, context_tokens=self.context_tokens, threads=self.threads
         ) as session:
@@ -64,6 +65,7 @@ class VerifyForeign(Task):
 
     format: str
     runtime: str
+    kv_cache_bits: int | None = None
 
     def run(self, inputs: Mapping[str, Path], dst: Path) -> None:
         """Reads ``artifact``, ``student``, ``judge`` and, if given, those of its own weights."""
@@ -74,7 +76,14 @@ class VerifyForeign(Task):
             inputs["student"], inputs["judge"], inputs.get("own_judge"), inputs.get("own_weights")
         )
         artifact = inputs["artifact"] / ARTIFACT
-        found = verify_foreign(artifact, self.format, self.runtime, judges, threads=self.threads)
+        found = verify_foreign(
+            artifact,
+            self.format,
+            self.runtime,
+            judges,
+            threads=self.threads,
+            kv_cache_bits=self.kv_cache_bits,
+        )
         (dst / VERIFICATION_FILE).write_text(found.model_dump_json(indent=2), encoding="utf-8")
 
     def plugins(self) -> list[tuple[Kind, str]]:

@@ -124,12 +124,17 @@ class Budget(Part):
 
 
 class Target(Part):
-    """Where an artifact runs: a format, a device, a budget; ``rungs`` of None means all."""
+    """Where an artifact runs: a format, a device, a budget; ``rungs`` of None means all.
+
+    Attributes:
+        kv_cache_bits: in which its runtime caches keys and values; None leaves it its default.
+    """
 
     format: FormatName
     device: Literal["local"] = "local"
     budget: Budget = Budget()
     rungs: tuple[str, ...] | None = None
+    kv_cache_bits: Literal[4, 8, 16] | None = None
 
 
 class Expected(Part):

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from edgedistill.decoder import DecoderFacts
 from edgedistill.errors import EdgedistillError
 from edgedistill.estimate import artifact_bytes, has_grids
+from edgedistill.kv_cache import kv_cache_problems
 from edgedistill.plugins import did_you_mean, load_plugin
 from edgedistill.recipe import Recipe, StageStep
 from edgedistill.recipe_yaml import Place
@@ -40,6 +41,7 @@ def check_recipe(recipe: Recipe, facts: DecoderFacts | None) -> list[Finding]:
     findings = [*_check_files(recipe), *_check_names(recipe), *_check_suite(recipe)]
     findings += [*_check_beside(recipe), *_check_calibration(recipe)]
     findings += [*_check_stopping(recipe), *_check_waivers(recipe), *_check_traffic(recipe)]
+    findings += [Finding(*problem) for problem in kv_cache_problems(recipe, facts)]
     if facts is not None:
         findings += [*_check_context(recipe, facts), *_check_stages(recipe, facts)]
         findings += [*_check_grids(recipe, facts), *_check_budgets(recipe, facts)]

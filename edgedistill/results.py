@@ -318,6 +318,7 @@ class ArtifactReport(Document):
         why_not: one sentence when not shippable.
         lineage: labels of the steps that made it, from the student to the export.
         traffic: of the format that runs the whole suite, where the recipe names a traffic file.
+        kv_cache_bits: in which keys and values are cached; None where the runtime has no choice.
     """
 
     rung: str
@@ -336,6 +337,7 @@ class ArtifactReport(Document):
     why_not: str | None
     lineage: list[str] = []
     traffic: TrafficFindings | None = None
+    kv_cache_bits: int | None = None
 
 
 class StepReport(Document):

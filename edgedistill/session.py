@@ -11,6 +11,7 @@ from typing import ClassVar, NamedTuple, Self
 import numpy as np
 import numpy.typing as npt
 
+from edgedistill.errors import UsageError
 from edgedistill.text_program import ShippedText, TextProgram
 
 Logits = npt.NDArray[np.float32]
@@ -145,12 +146,44 @@ class Runtime(ABC):
         float_agreement: what an unquantized artifact is held to.
         quantized_agreement: what a quantized one is held to, against its own dequantized weights;
             looser where the runtime rounds activations to 8 bits.
+        kv_cache_choices: bits in which keys and values can be cached, the default first; none
+            where the runtime has no such choice.
+        kv_cache_bits: that sessions are opened with; None where there is no choice.
     """
 
     extra: ClassVar[str]
     limitation: ClassVar[str | None] = None
     float_agreement: ClassVar[Agreement] = Agreement(1e-4, 0.995)
     quantized_agreement: ClassVar[Agreement] = Agreement(1e-4, 0.995)
+    kv_cache_choices: ClassVar[tuple[int, ...]] = ()
+    kv_cache_bits: int | None = None
+
+    @classmethod
+    def kv_cache_problem(cls, bits: int, head_dim: int | None = None) -> str | None:
+        """Why keys and values cannot be cached in ``bits`` bits; None when they can.
+
+        Args:
+            bits: of one number.
+            head_dim: numbers in one key of one head; None leaves out what depends on it.
+        """
+        if not cls.kv_cache_choices:
+            return "it has no choice of bits for its cache of keys and values"
+        if bits not in cls.kv_cache_choices:
+            known = " or ".join(map(str, sorted(cls.kv_cache_choices)))
+            return f"it caches keys and values in {known} bits, not in {bits}"
+        return None
+
+    def with_kv_cache_bits(self, bits: int) -> Runtime:
+        """The same runtime, whose sessions cache keys and values in ``bits`` bits.
+
+        Raises:
+            UsageError: it cannot.
+        """
+        raise UsageError(f"{type(self).__name__}: {self.kv_cache_problem(bits)}")
+
+    def agreement(self, quantized: bool) -> Agreement:
+        """What an artifact is held to; ``quantized``: its weights are."""
+        return self.quantized_agreement if quantized else self.float_agreement
 
     @abstractmethod
     def open(self, artifact: Path, *, context_tokens: int, threads: int) -> Session:

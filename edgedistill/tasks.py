@@ -156,12 +156,14 @@ class Verify(Task):
 
     Attributes:
         pruned: the rung's stages took parts out of the student.
+        kv_cache_bits: in which keys and values are cached; None: the runtime's default.
     """
 
     format: str
     runtime: str
     context_tokens: int
     pruned: bool = False
+    kv_cache_bits: int | None = None
 
     def run(self, inputs: Mapping[str, Path], dst: Path) -> None:
         """Reads ``artifact``, ``student``, the judges; writes ``verification.json``."""
@@ -177,6 +179,7 @@ class Verify(Task):
             context_tokens=self.context_tokens,
             threads=self.threads,
             pruned=self.pruned,
+            kv_cache_bits=self.kv_cache_bits,
         )
         (dst / VERIFICATION_FILE).write_text(found.model_dump_json(indent=2), encoding="utf-8")
 
@@ -216,6 +219,7 @@ class Score(Task):
     sample: int | None
     chat: Chat
     context_tokens: int
+    kv_cache_bits: int | None = None
 
     def run(self, inputs: Mapping[str, Path], dst: Path) -> None:
         """Reads ``artifact`` and ``student``, writes ``scores.jsonl``."""
@@ -231,6 +235,7 @@ class Score(Task):
             chat=self.chat,
             threads=self.threads,
             context_tokens=self.context_tokens,
+            kv_cache_bits=self.kv_cache_bits,
         )
 
     def plugins(self) -> list[tuple[Kind, str]]:
@@ -277,6 +282,7 @@ class BenchArtifact(Task):
     runtime: str
     context_tokens: int
     machine: str
+    kv_cache_bits: int | None = None
 
     def run(self, inputs: Mapping[str, Path], dst: Path) -> None:
         """Reads ``artifact`` and ``student``, writes ``bench.json``."""
@@ -290,6 +296,7 @@ class BenchArtifact(Task):
             threads=self.threads,
             context_tokens=self.context_tokens,
             weight_bytes=Weights.model_validate_json(weights).weight_bytes,
+            kv_cache_bits=self.kv_cache_bits,
         )
         (dst / BENCH_FILE).write_text(found.model_dump_json(indent=2), encoding="utf-8")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from edgedistill.bench.prompt import Prompter, UserPrompt
 from edgedistill.errors import EdgedistillError
-from edgedistill.plugins import load_plugin
+from edgedistill.plugins import load_runtime
 from edgedistill.results import Document
 from edgedistill.session import Runtime, Session
 
@@ -30,6 +30,7 @@ class Job(Document):
     Attributes:
         repeats: prompt length in tokens -> number of measured requests.
         decode_tokens: generated after each prompt, greedily, whether or not the model would stop.
+        kv_cache_bits: in which keys and values are cached; None: the runtime's default.
     """
 
     artifact: Path
@@ -39,6 +40,7 @@ class Job(Document):
     context_tokens: int
     repeats: dict[int, int]
     decode_tokens: int
+    kv_cache_bits: int | None = None
 
 
 class Request(Document):
@@ -83,7 +85,7 @@ def measure(job: Job) -> Measured:
     Raises:
         EdgedistillError: the runtime cannot open the artifact, or the student has no tokenizer.
     """
-    runtime, prompter = load_plugin("runtimes", job.runtime)(), Prompter(job.student)
+    runtime, prompter = load_runtime(job.runtime, job.kv_cache_bits), Prompter(job.student)
     baseline = _peak_rss_bytes()
     gc.disable()
     requests: dict[int, list[Request]] = {}

@@ -55,6 +55,7 @@ def bench_artifact(
     threads: int,
     context_tokens: int,
     weight_bytes: int,
+    kv_cache_bits: int | None = None,
 ) -> Bench:
     """Measure an artifact in a process of its own, again when the machine was too busy.
 
@@ -68,6 +69,7 @@ def bench_artifact(
         threads: that the runtime and the bandwidth test use.
         context_tokens: what the artifact claims; prompts are cut to what fits.
         weight_bytes: of all weight data in the artifact, as its exporter counts them.
+        kv_cache_bits: in which keys and values are cached; None: the runtime's default.
 
     Raises:
         UsageError: the runtime is no measure of a device's speed.
@@ -79,9 +81,12 @@ def bench_artifact(
     if limitation is not None:
         raise errors.UsageError(f"{runtime} cannot be benchmarked: {limitation}")
     job = plan_job(artifact, runtime, student, threads, context_tokens)
+    job = job.model_copy(update={"kv_cache_bits": kv_cache_bits})
     opened = Student(student)
     depth = min(job.repeats) + job.decode_tokens // 2
-    read_bytes = bytes_per_token(opened.facts, opened.grids, weight_bytes, depth)
+    read_bytes = bytes_per_token(
+        opened.facts, opened.grids, weight_bytes, depth, kv_cache_bits=kv_cache_bits or 16
+    )
     for attempt in track(range(1, ATTEMPTS + 1), label=f"bench {artifact.name}"):
         load = load_average()
         bandwidth = read_bandwidth_gb_per_s(threads)

@@ -22,7 +22,6 @@ from edgedistill.quantized import Grid
 
 ARRAY_BYTES = 256 * 1024 * 1024  # all threads together: several times any last-level cache
 PASSES = 8
-CACHE_BYTES_PER_VALUE = 2  # float16, the least that the runtimes keep
 
 Bytes = npt.NDArray[np.uint8]
 # Reductions that numpy vectorizes and runs without the interpreter lock; which of them keeps up
@@ -52,20 +51,27 @@ def read_bandwidth_gb_per_s(threads: int, array_bytes: int = ARRAY_BYTES) -> flo
 
 
 def bytes_per_token(
-    facts: DecoderFacts, grids: Mapping[str, Grid], weight_bytes: int, depth_tokens: int
+    facts: DecoderFacts,
+    grids: Mapping[str, Grid],
+    weight_bytes: int,
+    depth_tokens: int,
+    *,
+    kv_cache_bits: int = 16,
 ) -> int:
     """Bytes that one decode step has to read, from below.
 
     Weights are read once.  Of an embedding that is not tied to the head only one row is: it is
-    left out.  The cache of keys and values counts as float16, although a runtime may keep more.
+    left out.  The cache of keys and values counts without scales, and as float16 where its bits
+    are nobody's choice, although a runtime may keep more.
 
     Args:
         facts: of the student.
         grids: of its quantized tensors; empty when it is float.
         weight_bytes: of all weight data in the artifact.
         depth_tokens: tokens in the cache.
+        kv_cache_bits: of one number in it.
     """
-    cache = 2 * facts.layers * facts.kv_heads * facts.head_dim * CACHE_BYTES_PER_VALUE
+    cache = 2 * facts.layers * facts.kv_heads * facts.head_dim * kv_cache_bits // 8
     read = weight_bytes + cache * depth_tokens
     if facts.tied_embeddings:
         return read

@@ -105,6 +105,7 @@ def _plan(request: Request, criteria: Criteria, artifact: ArtifactSource) -> Ste
         runtime=find_runtime(artifact),
         chat=criteria.chat if criteria.chat is not None else artifact.claims.chat,
         context_tokens=claimed or min(CONTEXT_TOKENS, read_facts(source).max_context_tokens),
+        kv_cache_bits=artifact.claims.kv_cache_bits,
     )
     student = plan.step("take in the reference", TakeIn(source=source))
     taken = plan.step("take in the artifact", TakeArtifact(source=request.artifact.absolute()))
@@ -132,6 +133,7 @@ class _Plan:
     runtime: str
     chat: Chat
     context_tokens: int
+    kv_cache_bits: int | None = None
     hashes: ContentHashes = field(default_factory=ContentHashes)
 
     def step(self, label: str, task: Task, **inputs: Step) -> Step:
@@ -155,7 +157,9 @@ class _Plan:
 
     def score_artifact(self, task: HarnessTask | None, **inputs: Step) -> Step:
         if task is not None:
-            return self.step("artifact: score", self._harness(task, self.runtime), **inputs)
+            harness = self._harness(task, self.runtime)
+            harness = harness.model_copy(update={"kv_cache_bits": self.kv_cache_bits})
+            return self.step("artifact: score", harness, **inputs)
         score = Score(
             runtime=self.runtime,
             suite=self.suite,
@@ -163,6 +167,7 @@ class _Plan:
             chat=self.chat,
             context_tokens=self.context_tokens,
             threads=self.request.threads,
+            kv_cache_bits=self.kv_cache_bits,
         )
         return self.step("artifact: score", score, **inputs)
 

@@ -19,7 +19,7 @@ from edgedistill.chat import Chat
 from edgedistill.errors import InputError, UnavailableError, UsageError
 from edgedistill.evaluate.score import Answer, Score, TextBits, refuse_other_tokens, write_scores
 from edgedistill.evaluate.suite import SUITE_FILE, Case, GenerateCase, Message, TextCase
-from edgedistill.plugins import load_plugin
+from edgedistill.plugins import load_runtime
 from edgedistill.session import Session
 
 PREFIX = "lm_eval:"
@@ -71,6 +71,7 @@ def score_task(
     chat: Chat,
     threads: int,
     context_tokens: int,
+    kv_cache_bits: int | None = None,
 ) -> None:
     """Run a task on an artifact; writes ``suite.jsonl`` and what ``score_artifact`` writes.
 
@@ -86,13 +87,14 @@ def score_task(
         chat: the fixed part of the conversation.
         threads: of the runtime.
         context_tokens: what the artifact claims.
+        kv_cache_bits: in which keys and values are cached; None: the runtime's default.
 
     Raises:
         InputError: there is no such task, its data are missing, or its metric has no grade.
         UnavailableError: lm-evaluation-harness is not installed, or a hub cannot be reached.
     """
     _require_harness()
-    program = load_plugin("runtimes", runtime)()
+    program = load_runtime(runtime, kv_cache_bits)
     started = time.monotonic()
     with program.open(artifact, context_tokens=context_tokens, threads=threads) as session:
         refuse_other_tokens(session, student)

@@ -25,7 +25,7 @@ from edgedistill.evaluate.generate import Voice, generate_answers
 from edgedistill.evaluate.grade import grade_answer
 from edgedistill.evaluate.prompts import Prompt, render_prompts
 from edgedistill.evaluate.suite import Case, GenerateCase, TextCase, load_suite, sample_cases
-from edgedistill.plugins import load_plugin
+from edgedistill.plugins import load_runtime
 from edgedistill.progress import progress_bar
 from edgedistill.session import Logits, Session
 from edgedistill.student import read_json, write_json
@@ -72,6 +72,7 @@ def score_artifact(
     chat: Chat,
     threads: int,
     context_tokens: int,
+    kv_cache_bits: int | None = None,
 ) -> None:
     """Score the suite, or a paired sample of it, with an artifact.
 
@@ -88,6 +89,7 @@ def score_artifact(
         chat: the fixed part of the conversation.
         threads: of the runtime.
         context_tokens: what the artifact claims.
+        kv_cache_bits: in which keys and values are cached; None: the runtime's default.
 
     Raises:
         InputError: a damaged suite, artifact or student; a case that does not fit the context.
@@ -97,7 +99,7 @@ def score_artifact(
     """
     cases = sample_cases(load_suite(suite), sample)
     prompts = render_prompts(student, cases, chat, context_tokens=context_tokens)
-    program = load_plugin("runtimes", runtime)()
+    program = load_runtime(runtime, kv_cache_bits)
     started = time.monotonic()
     with program.open(artifact, context_tokens=context_tokens, threads=threads) as session:
         refuse_other_tokens(session, student)

@@ -24,7 +24,7 @@ from edgedistill.evaluate.score import (
 from edgedistill.evaluate.stopping import STOPPING_FILE, Sampling, Stopping, look_sizes
 from edgedistill.evaluate.suite import Case, load_suite
 from edgedistill.floor import Floor, SliceSpec
-from edgedistill.plugins import load_plugin
+from edgedistill.plugins import load_runtime
 
 Scores = dict[str, Score]
 
@@ -42,6 +42,7 @@ def score_until_decided(
     chat: Chat,
     threads: int,
     context_tokens: int,
+    kv_cache_bits: int | None = None,
 ) -> None:
     """Score as many cases as the verdict takes.
 
@@ -60,6 +61,7 @@ def score_until_decided(
         chat: the fixed part of the conversation.
         threads: of the runtime.
         context_tokens: what the artifact claims.
+        kv_cache_bits: in which keys and values are cached; None: the runtime's default.
 
     Raises:
         InputError: a damaged suite, artifact or student; the reference's scores are of another
@@ -73,7 +75,7 @@ def score_until_decided(
     match_reference(cases, reference_scores, reference)
     check_clauses_fit(cases, floor, slices)
     prompts = {p.id: p for p in render_prompts(student, cases, chat, context_tokens=context_tokens)}
-    program = load_plugin("runtimes", runtime)()
+    program = load_runtime(runtime, kv_cache_bits)
     started = time.monotonic()
     with program.open(artifact, context_tokens=context_tokens, threads=threads) as session:
         refuse_other_tokens(session, student)

@@ -30,7 +30,7 @@ from edgedistill.evaluate.personal_data import Redactor
 from edgedistill.evaluate.suite import load_suite
 from edgedistill.evaluate.traffic_clusters import TrafficPrompt, find_clusters, loudest
 from edgedistill.evaluate.traffic_vocabulary import in_own_tokens
-from edgedistill.plugins import load_plugin
+from edgedistill.plugins import load_plugin, load_runtime
 from edgedistill.progress import track
 from edgedistill.student import read_json, write_json
 from edgedistill.traffic_results import TrafficFindings
@@ -154,6 +154,7 @@ def find_disagreements(
     vocabulary: Path | None = None,
     threads: int,
     context_tokens: int,
+    kv_cache_bits: int | None = None,
 ) -> TrafficFindings:
     """Where an artifact leaves the reference on the traffic, and what of it no case measures.
 
@@ -167,6 +168,7 @@ def find_disagreements(
             reference's; see :mod:`edgedistill.evaluate.traffic_vocabulary`.
         threads: of the runtime.
         context_tokens: what the artifact claims.
+        kv_cache_bits: in which keys and values are cached; None: the runtime's default.
 
     Raises:
         InputError: a damaged artifact or suite.
@@ -184,7 +186,7 @@ def find_disagreements(
         usable, asked, expected = in_own_tokens(student, vocabulary, asked, answers, most=most)
         lines, answers = [lines[i] for i in usable], [answers[i] for i in usable]
         tally["left_out"] += before - len(lines)
-    program = load_plugin("runtimes", runtime)()
+    program = load_runtime(runtime, kv_cache_bits)
     with program.open(artifact, context_tokens=context_tokens, threads=threads) as session:
         found = dict(
             track(

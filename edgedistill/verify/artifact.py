@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from edgedistill.errors import StageError
-from edgedistill.plugins import load_plugin
+from edgedistill.plugins import load_plugin, load_runtime
 from edgedistill.progress import progress_bar
 from edgedistill.results import Check, TextDivergence, Verification
-from edgedistill.session import Agreement, Runtime, Session
+from edgedistill.session import Agreement, Session
 from edgedistill.student import Student
 from edgedistill.verify.cache import check_cache
 from edgedistill.verify.divergence import AdapterEffect, Divergence, log_softmax
@@ -45,6 +45,7 @@ def verify_artifact(
     context_tokens: int,
     threads: int,
     pruned: bool = False,
+    kv_cache_bits: int | None = None,
 ) -> Verification:
     """Check that an artifact is the model that we think it is.
 
@@ -59,10 +60,10 @@ def verify_artifact(
         threads: for the runtime.
         pruned: parts were taken out of the student, and some of the adapter's effect with them; so
             the artifact has to show what the student's own weights still show of it in float32.
+        kv_cache_bits: in which keys and values are cached; None: the runtime's default.
     """
-    runtime: Runtime = load_plugin("runtimes", load_plugin("exporters", format_name).runtime)()
-    quantized = Student(student).is_quantized
-    of_runtime = runtime.quantized_agreement if quantized else runtime.float_agreement
+    runtime = load_runtime(load_plugin("exporters", format_name).runtime, kv_cache_bits)
+    of_runtime = runtime.agreement(Student(student).is_quantized)
     agreement = fit_agreement(of_runtime, weights_judge)
     weights, reference = read_judge_logits(weights_judge), read_judge_logits(reference_judge)
     base = read_judge_logits(base_judge) if base_judge else None

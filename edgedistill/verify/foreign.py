@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from edgedistill.errors import InputError, StageError
-from edgedistill.plugins import load_plugin
+from edgedistill.plugins import load_runtime
 from edgedistill.progress import progress_bar
 from edgedistill.results import Check, TextDivergence, Verification
 from edgedistill.session import Runtime, Session
@@ -26,7 +26,13 @@ TOKENIZER_OPENS = "tokenizer: opens"
 
 
 def verify_foreign(
-    artifact: Path, format_name: str, runtime_name: str, judges: Judges, *, threads: int
+    artifact: Path,
+    format_name: str,
+    runtime_name: str,
+    judges: Judges,
+    *,
+    threads: int,
+    kv_cache_bits: int | None = None,
 ) -> Verification:
     """Check a file that edgedistill did not make.
 
@@ -36,12 +42,13 @@ def verify_foreign(
         runtime_name: of the plug-in that opens it.
         judges: the student, and the judge's log-probabilities.
         threads: for the runtime.
+        kv_cache_bits: in which keys and values are cached; None: the runtime's default.
 
     Raises:
         InputError: the file is damaged beyond its header.
         UnavailableError: its runtime is not installed.
     """
-    runtime: Runtime = load_plugin("runtimes", runtime_name)()
+    runtime = load_runtime(runtime_name, kv_cache_bits)
     stated = read_stated(artifact, format_name)
     if stated is None:
         raise InputError(f"no reader for the format {format_name}", where=str(artifact))
