@@ -12,6 +12,7 @@ import pytest
 
 from edgedistill.artifact_source import find_artifact
 from edgedistill.bench.roofline import bytes_per_token
+from edgedistill.build import Options, build
 from edgedistill.errors import EdgedistillError, RecipeError, StageError, UsageError
 from edgedistill.exporters.gguf import Gguf
 from edgedistill.kv_cache import kv_cache_bits_of
@@ -284,3 +285,22 @@ def test_the_readme_opens_the_cache_that_was_measured(
     opened = said["model"].context_params
     assert opened.type_k == opened.type_v == llama_cpp.GGML_TYPE_Q8_0
     said["model"].close()
+
+
+@pytest.mark.slow
+def test_a_build_verifies_and_times_the_cache_that_ships(student: Path, tmp_path: Path) -> None:
+    text = TARGETS.replace("  int8: [quantize_rtn: {{bits: 8}}]\n", "")
+    text += "  phone: {{format: gguf, kv_cache_bits: 8}}\nsuite: suite.jsonl\n"
+    recipe = write_recipe(tmp_path, student, text + "build: {{threads: 1}}\n")
+    write_suite(tmp_path / "suite.jsonl")
+    options = Options(recipe, cache=tmp_path / "cache", exports=tmp_path / "exports")
+    built, _ = build(options, lambda _: None)
+    (report,) = built.artifacts
+    assert report.verification is not None
+    assert report.verification.passed, report.verification.checks
+    assert report.verification.settings["cache"] == "q8_0"
+    assert report.bench is not None
+    assert report.bench.settings["cache"] == "q8_0"
+    assert report.kv_cache_bits == 8
+    file = tmp_path / "exports" / report.path / MANIFEST_FILE
+    assert Manifest.model_validate_json(file.read_bytes()).kv_cache_bits == 8
