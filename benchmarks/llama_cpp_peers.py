@@ -111,6 +111,8 @@ def main() -> None:
 def make(name: str, student: Path, file: Path, calibration: Calibration) -> dict[str, Any]:
     """Write the GGUF file of a peer or of ours; what that took."""
     wall, processor = time.monotonic(), time.process_time()
+    work = file.with_name(f"{name}.{calibration.tokens}")
+    continued = work.exists()  # what went before is not in the times
     if name in PEERS:
         ids = calibration_ids(student, calibration, Chat())
         source = file.with_name("float16.gguf")
@@ -120,11 +122,11 @@ def make(name: str, student: Path, file: Path, calibration: Calibration) -> dict
         steps: Steps | None = None
     else:
         steps = OURS[name]
-        work = file.with_name(f"{name}.{calibration.tokens}")
         export(run_steps(student, steps, calibration, work), file)
         shutil.rmtree(work)
     return {
         "steps": steps,
+        "continued": continued,
         "seconds": round(time.monotonic() - wall, 1),
         "cpu_seconds": round(time.process_time() - processor, 1),
         "peak_rss_gb": round(peak_rss_bytes() / 1e9, 2),

@@ -45,7 +45,8 @@ def by_name(field: Field) -> dict[str, Candidate]:
 def test_a_recipe_without_rungs_is_searched_by_the_ladder(tiny: Tiny, tmp_path: Path) -> None:
     field = find(tmp_path, tiny("llama"), RECIPE)
     names = [c.name for c in field.open]
-    assert names[:4] == ["int8", "int4", "int4-gptq", "int4-gptq-zeros"]
+    assert names[:3] == ["int8", "int4", "int4-gptq-embeddings4"]
+    assert names[3:5] == ["int4-gptq", "int4-gptq-zeros"]
     sizes = {c.name: c.planned_bytes for c in field.open}
     assert list(sizes["int8"]) == ["gguf", "onnx"]
     assert sizes["int4"]["gguf"] < sizes["int4-gptq-zeros"]["gguf"] < sizes["int8"]["gguf"]
@@ -63,7 +64,8 @@ def test_the_cheap_come_first_and_what_is_dear_begins_small(tiny: Tiny, tmp_path
     (tmp_path / "text.txt").write_text("The quick brown fox. " * 50)
     ordered = find(tmp_path, tiny("llama"), own).open
     names = [c.name for c in ordered]
-    assert names[:5] == ["float", "int8", "zeros", "int4", "int4-gptq"]
+    assert names[:4] == ["float", "int8", "zeros", "int4"]
+    assert names[4:6] == ["int4-gptq-embeddings4", "int4-gptq"]
     healed = [c for c in ordered if any("heal" in step for step in c.steps)]
     assert ordered[-len(healed) :] == healed
     assert [c.total_bytes for c in healed] == sorted(c.total_bytes for c in healed)

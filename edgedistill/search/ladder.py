@@ -67,7 +67,7 @@ STAGES_BY_COST = (
     "heal",
 )
 
-_HEAL = {"heal": {"tokens": 131072, "passes": 2}}
+_HEAL = {"heal": {"trained": "lora", "tokens": 131072, "passes": 2}}
 _DEPTH = {"prune_depth": {"layers": OfLayers(0.1)}}
 _WIDTH = {"prune_width": {"ffn_share": 0.75}}
 
@@ -84,6 +84,20 @@ LADDER = (
         "4 bits by GPTQ with zero points",
         ({"quantize_gptq": {"bits": 4, "zero": "integer"}},),
         ("int8",),
+    ),
+    Remedy(
+        "int4-gptq-embeddings4",
+        "4 bits by GPTQ, embedding too",
+        (
+            {
+                "quantize_gptq": {
+                    "bits": 4,
+                    "zero": "fixed",
+                    "embeddings": {"bits": 4, "zero": "fixed"},
+                }
+            },
+        ),
+        ("int8", "int4-gptq"),
     ),
     Remedy(
         "mixed3.5",

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from edgedistill.training_text import TrainingSplit
 
 # Small beside those of training from nothing: few steps, on a student that mostly works.
-LEARNING_RATES = {"full": 3e-4, "lora": 1e-3, "norms": 3e-3}
+LEARNING_RATES = {"full": 1e-4, "lora": 1e-3, "norms": 3e-3}
 
 
 class Heal(DistillingStage, Stage):
