@@ -25,6 +25,7 @@ from edgedistill.stages.quantize_rtn import QuantizeRtn
 from edgedistill.student import Student
 from edgedistill.trainable_decoder import TrainableDecoder, Trained
 from edgedistill.training_text import TrainingText
+from tests.interrupted import Interruption
 from tests.pruned import edited, empty, load, logits, mean_kl, random_ids
 from tests.tiny import FAMILY_CONFIGS
 
@@ -156,21 +157,13 @@ def test_a_run_that_was_killed_ends_in_the_bytes_of_one_that_was_not(
 ) -> None:
     stage, work = Heal(trained=trained, **BUDGET), empty(tmp_path / "work")
     _heal(stage, pruned, tmp_path / "whole", tiny("llama"))
-    steps, plain = [0], Distillation._step
-
-    def dying(self: Distillation, *args: Any) -> None:
-        if steps[0] == 10:
-            raise KeyboardInterrupt
-        steps[0] += 1
-        plain(self, *args)
-
-    monkeypatch.setattr(Distillation, "_step", dying)
+    interruption = Interruption(monkeypatch, after=10)
     with pytest.raises(KeyboardInterrupt):
         _heal(stage, pruned, tmp_path / "killed", tiny("llama"), work)
     assert not list((tmp_path / "killed").iterdir())
-    steps[0] = -100
+    interruption.lift()
     _heal(stage, pruned, tmp_path / "resumed", tiny("llama"), work)
-    assert steps[0] == -100 + 8  # from the evaluation after 8 steps to the 16th
+    assert interruption.taken == 8  # from the evaluation after 8 steps to the 16th
     assert _files(tmp_path / "resumed") == _files(tmp_path / "whole")
 
 

@@ -16,7 +16,6 @@ from typer.testing import CliRunner
 from edgedistill.calibration import Calibration, calibration_pieces
 from edgedistill.chat import Chat
 from edgedistill.cli import app
-from edgedistill.distill import Distillation
 from edgedistill.distill_loss import LossSettings, bucket_loss, teaching
 from edgedistill.errors import InputError
 from edgedistill.healing_results import HEALING_FILE, Healing
@@ -24,6 +23,7 @@ from edgedistill.pruned_student import drop_layers
 from edgedistill.stages.heal import Heal
 from edgedistill.student import Student
 from edgedistill.training_text import Emphasis, TrainingSplit, training_split
+from tests.interrupted import Interruption
 from tests.pruned import empty, load, logits
 from tests.tiny import write_student
 
@@ -245,20 +245,12 @@ def test_a_run_that_was_killed_ends_in_the_same_bytes(
         return {path.name: path.read_bytes() for path in sorted(dst.iterdir())}
 
     whole = heal(tmp_path / "whole", None)
-    taken, plain = [0], Distillation._step
-
-    def dying(self: Distillation, *args: Any) -> None:
-        if taken[0] == 5:
-            raise KeyboardInterrupt
-        taken[0] += 1
-        plain(self, *args)
-
-    monkeypatch.setattr(Distillation, "_step", dying)
+    interruption = Interruption(monkeypatch, after=5)
     with pytest.raises(KeyboardInterrupt):
         heal(tmp_path / "killed", work)
-    taken[0] = -100
+    interruption.lift()
     assert heal(tmp_path / "resumed", work) == whole
-    assert taken[0] == -100 + 4  # from the evaluation after 4 steps to the 8th
+    assert interruption.taken == 4  # from the evaluation after 4 steps to the 8th
 
 
 def test_rare_slices_are_drawn_earlier_by_the_stated_power(tiny: Tiny, tmp_path: Path) -> None:

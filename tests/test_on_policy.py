@@ -25,6 +25,7 @@ from edgedistill.stages.heal import Heal
 from edgedistill.student import Student
 from edgedistill.trainable_decoder import TrainableDecoder
 from edgedistill.training_text import TrainingText
+from tests.interrupted import Interruption
 from tests.pruned import edited, empty, load, logits, random_ids
 from tests.tiny import FAMILY_CONFIGS, write_student
 
@@ -215,20 +216,12 @@ def test_own_text_lowers_the_held_out_kl_and_a_killed_run_writes_it_again(
     stage, work = Heal(on_policy=1.0, **BUDGET), empty(tmp_path / "work")
     found = _heal(stage, pruned, tmp_path / "whole", tiny("llama"))
     assert found.kl_after < 0.98 * found.kl_before
-    steps, plain = [0], Distillation._step
-
-    def dying(self: Distillation, *args: Any) -> None:
-        if steps[0] == 5:
-            raise KeyboardInterrupt
-        steps[0] += 1
-        plain(self, *args)
-
-    monkeypatch.setattr(Distillation, "_step", dying)
+    interruption = Interruption(monkeypatch, after=5)
     with pytest.raises(KeyboardInterrupt):
         _heal(stage, pruned, tmp_path / "killed", tiny("llama"), work)
-    steps[0] = -100
+    interruption.lift()
     _heal(stage, pruned, tmp_path / "resumed", tiny("llama"), work)
-    assert steps[0] == -100 + 4  # from the evaluation after 4 steps to the 8th
+    assert interruption.taken == 4  # from the evaluation after 4 steps to the 8th
     assert _files(tmp_path / "resumed") == _files(tmp_path / "whole")
 
 

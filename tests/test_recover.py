@@ -18,7 +18,6 @@ from edgedistill.cache import Cache
 from edgedistill.calibration import Calibration, calibration_ids
 from edgedistill.chat import Chat
 from edgedistill.cli import app
-from edgedistill.distill import Distillation
 from edgedistill.errors import InputError, RecipeError, StageError
 from edgedistill.grid_learner import GridLearner, GridMatrix, GridTrained
 from edgedistill.healing_results import RECOVERY_FILE, Recovery
@@ -31,6 +30,7 @@ from edgedistill.recipe_load import load_recipe
 from edgedistill.stages.quantize_rtn import QuantizeRtn, round_to_grid
 from edgedistill.stages.recover import Recover
 from edgedistill.student import Student, dequantize_student
+from tests.interrupted import Interruption
 from tests.pruned import edited, empty, load, logits, mean_kl, random_ids
 from tests.recipes import write_recipe
 
@@ -240,20 +240,12 @@ def test_a_run_that_was_killed_ends_in_the_bytes_of_one_that_was_not(
     src, stage = quantized(bits=2), Recover(trained=trained, passes=4, **BUDGET)
     work = empty(tmp_path / "work")
     _recover(stage, src, tmp_path / "whole", tiny("llama"))
-    steps, plain = [0], Distillation._step
-
-    def dying(self: Distillation, *args: Any) -> None:
-        if steps[0] == 10:
-            raise KeyboardInterrupt
-        steps[0] += 1
-        plain(self, *args)
-
-    monkeypatch.setattr(Distillation, "_step", dying)
+    interruption = Interruption(monkeypatch, after=10)
     with pytest.raises(KeyboardInterrupt):
         _recover(stage, src, tmp_path / "killed", tiny("llama"), work)
-    steps[0] = -100
+    interruption.lift()
     _recover(stage, src, tmp_path / "resumed", tiny("llama"), work)
-    assert steps[0] == -100 + 8  # from the evaluation after 8 steps to the 16th
+    assert interruption.taken == 8  # from the evaluation after 8 steps to the 16th
     assert _files(tmp_path / "resumed") == _files(tmp_path / "whole")
 
 

@@ -210,6 +210,20 @@ def test_what_was_not_measured_is_said_and_not_drawn_as_a_number(report: BuildRe
     assert "int8/coreml answered a sample of 240 of the suite's 5,200 cases." in said
 
 
+def test_a_step_that_failed_is_said_where_a_reader_looks(report: BuildReport) -> None:
+    steps = [
+        step.model_copy(update={"error": "it ran out of luck" if not i else None})
+        for i, step in enumerate(report.steps)
+    ]
+    broken = report.model_copy(update={"steps": steps, "artifacts": [], "judgements": []})
+    assert limitations(broken)[0].startswith(f"Whatever stands behind the step {steps[0].label}")
+    whole = report.model_copy(update={"steps": [s for s in report.steps if not s.error]})
+    assert not any("Whatever" in sentence for sentence in limitations(whole))
+    top = render_page(broken).partition('id="ladder"')[0]
+    assert "No target was judged" in top
+    assert f"{steps[0].label}: it ran out of luck" in top
+
+
 def test_a_rejected_run_is_marked_everywhere(report: BuildReport, page: Page) -> None:
     assert re.search(r"int4\s+onnx.*112\*\s+122\*", printed(report))
     assert "112 (rejected)" in render_markdown(report)

@@ -172,6 +172,11 @@ def find_check(artifact: ArtifactReport, name: str) -> Check | None:
 def limitations(report: BuildReport) -> list[str]:
     """What this build does not show, in sentences."""
     found = [
+        f"Whatever stands behind the step {step.label}, which failed, is not here."
+        for step in report.steps
+        if step.error
+    ]
+    found += [
         f"{name}: {verification.limitation}."
         for name, verification in _verifications(report)
         if verification.limitation

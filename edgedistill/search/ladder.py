@@ -124,13 +124,6 @@ LADDER = (
         ("int8",),
     ),
     Remedy(
-        "int2-recovered",
-        "2 bits by GPTQ, then recovery",
-        ({"quantize_gptq": {"bits": 2}}, {"recover": {"tokens": 131072, "passes": 2}}),
-        ("int8", "int4-gptq"),
-        reads_text=True,
-    ),
-    Remedy(
         "narrow-int8",
         "a quarter of the FFN pruned, healed, 8 bits",
         (_WIDTH, _HEAL, {"quantize_rtn": {"bits": 8}}),

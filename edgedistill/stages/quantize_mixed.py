@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 # Of the calibration text: what the errors are measured on, and what GPTQ sees for it.
 MEASURED_TOKENS, FITTED_TOKENS = 2048, 8192
 # Forward passes, or their like, of a token that is measured on (forward, backward, the walk, one
-# for each grid of the embedding) and of one that is fitted to (it is read and it leaves).
-PASSES_MEASURED, PASSES_FITTED = 10, 2
+# for each grid of the embedding) and of one that is fitted to (for the head, it is read, it leaves)
+PASSES_MEASURED, PASSES_FITTED = 10, 3
 
 
 class QuantizeMixed(Stage):
