@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -45,6 +46,15 @@ LONGEST_MODULES = ("test_demo.py", "test_verify_command.py", "test_no_false_alar
 
 
 @pytest.hookimpl(tryfirst=True)
+def pytest_configure() -> None:
+    """Let children be interrupted, also where a shell runs the tests in the background.
+
+    Such a shell has SIGINT ignored, and a program that ignores it passes that on.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests of slow modules as slow; begin with the longest modules."""
     for item in items:
