@@ -45,7 +45,6 @@ SLOW_MODULES = {
 LONGEST_MODULES = ("test_demo.py", "test_verify_command.py", "test_no_false_alarm.py")
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_configure() -> None:
     """Let children be interrupted, also where a shell runs the tests in the background.
 
@@ -55,6 +54,7 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests of slow modules as slow; begin with the longest modules."""
     for item in items:
