@@ -4,6 +4,7 @@
     python benchmarks/four_bit_peers.py gptqmodel --student DIR --work DIR --python ENV/bin/python
     python benchmarks/four_bit_peers.py autoround --student DIR --work DIR --python ENV/bin/python
 
+``--text both`` calibrates all on the manual and on reviews in equal parts, not on the manual alone.
 Each peer runs in its own environment (see ``gptqmodel_peer.py``, ``autoround_peer.py``) and hands
 back the weights that its integers mean; all else stays float32.  Ours also has its embedding on 8
 bits.  All are judged by ``transformers`` in float32: rounding alone, without a runtime's
@@ -25,7 +26,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from judge import SEQUENCE_TOKENS, Judge, by_transformers, off_grid_student, write_texts
+from judge import (
+    SEQUENCE_TOKENS,
+    Judge,
+    by_transformers,
+    off_grid_student,
+    write_texts,
+    write_two_domains,
+)
 from safetensors import safe_open
 
 from edgedistill.calibration import Calibration, Ids, calibration_ids
@@ -68,6 +76,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="for texts, logits, weights")
     parser.add_argument("who", choices=["ours", *PEERS])
     parser.add_argument("--python", type=Path, help="the interpreter of the peer's environment")
+    parser.add_argument("--text", choices=["manual", "both"], default="manual")
     parser.add_argument("--tokens", type=int, default=8192, help="of calibration")
     parser.add_argument("--fields", type=json.loads, default={}, help="of the peer, as JSON")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -78,7 +87,10 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     student = off_grid_student(arguments.student, work)
     texts = write_texts(work)
-    calibration = Calibration(file=texts["calibration"], tokens=arguments.tokens)
+    file = texts["calibration"]
+    if arguments.text == "both":
+        file = write_two_domains(work, file)
+    calibration = Calibration(file=file, tokens=arguments.tokens)
     ids = calibration_ids(student, calibration, Chat())
     quantized = work / f"{arguments.who}.{os.getpid()}"
     quantized.mkdir()
@@ -102,8 +114,8 @@ def main() -> None:
         **judge.judge(by_transformers(quantized)),
     }
     shutil.rmtree(quantized)
-    name = f"{arguments.who}-{arguments.tokens}"
-    keep(arguments.out, f"{name}-{fields['iters']}" if "iters" in fields else name, measured)
+    name = arguments.who + (f", {fields['iters']} iterations" if "iters" in fields else "")
+    keep(arguments.out, f"{arguments.text}, {arguments.tokens} tokens", name, measured)
 
 
 def run_peer(
@@ -150,10 +162,17 @@ def _cpu_seconds() -> float:
     return time.process_time() + children.ru_utime + children.ru_stime
 
 
-def keep(out: Path, name: str, measured: dict[str, Any]) -> None:
-    """Add a result to the file, and tell it."""
+def keep(out: Path, section: str, name: str, measured: dict[str, Any]) -> None:
+    """Add a result to the file, and tell it.
+
+    Args:
+        out: the file.
+        section: the calibration text, the same for all that are compared.
+        name: who was measured.
+        measured: what.
+    """
     results = json.loads(out.read_text("utf-8")) if out.exists() else {}
-    results.setdefault("results", {})[name] = measured
+    results.setdefault(section, {})[name] = measured
     results["settings"] = {
         "evaluation_tokens_a_text": EVALUATION_TOKENS,
         "sequence_tokens": SEQUENCE_TOKENS,

@@ -128,6 +128,11 @@ class DecoderFacts:
         short = {name: f"{block}.self_attn.{name}_proj.weight" for name in "qkvo"}
         return short | {n: f"{block}.mlp.{n}_proj.weight" for n in ("gate", "up", "down")}
 
+    def short_name(self, name: str) -> str | None:
+        """What :meth:`linears` calls a matrix of a block, whichever block; None for any other."""
+        shorts = {name.split(".", 3)[3]: short for short, name in self.linears(0).items()}
+        return shorts.get(name.split(".", 3)[-1])
+
     def norms(self, layer: int) -> dict[str, str]:
         """Short name (``attention``, ``ffn``, ``q``, ``k``) -> tensor name of a block's norms."""
         block = f"model.layers.{layer}"

@@ -28,11 +28,6 @@ FLOAT32_OPERATIONS_PER_SECOND = 60e9  # of torch on two cores, on sequences of 5
 OTHER_SECONDS_PER_CASE = 1.0
 
 
-def has_grids(stages: Sequence[StageStep], facts: DecoderFacts) -> bool:
-    """Whether any of the stages quantizes."""
-    return any(step.config.grids(facts) for step in stages)
-
-
 def facts_of_rung(facts: DecoderFacts, stages: Sequence[StageStep]) -> DecoderFacts:
     """The facts of what the stages leave of a student."""
     for step in stages:

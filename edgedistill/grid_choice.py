@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -31,15 +31,21 @@ class GridChoice(BaseModel):
         return Grid(self.bits, self.group_size or (64 if self.bits == 2 else 32), self.zero or zero)
 
 
+Linear = Literal["q", "k", "v", "o", "gate", "up", "down"]
+
+
 class MatrixGrids(GridChoice):
     """Grids for all matrices of a student: its own fields are those of the linears.
 
     Attributes:
+        linears: grids of some of the blocks' matrices by kind, in the place of its own: `v` and
+            `o` are small, and mind few bits the most.
         embeddings: grid of the token embedding (and of the head where they are tied); default: the
             linears' own, but never below 8 bits, because rows of rare tokens have no redundancy.
         head: grid of an untied head; default: the embeddings'.
     """
 
+    linears: dict[Linear, GridChoice] = {}
     embeddings: GridChoice | None = None
     head: GridChoice | None = None
 
@@ -50,6 +56,9 @@ class MatrixGrids(GridChoice):
             return embeddings
         if name == facts.head:
             return self.head.grid() if self.head else embeddings
+        for kind, choice in self.linears.items():
+            if kind == facts.short_name(name):
+                return choice.grid()
         return self.grid()
 
     def grids(self, facts: DecoderFacts) -> list[Grid]:

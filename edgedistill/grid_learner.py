@@ -1,5 +1,6 @@
-"""A quantized student that learns without leaving its grids: factors on scales, codes, or both.
+"""A quantized student that learns without leaving its grids: an adapter, scales, or codes too.
 
+The adapter is :mod:`edgedistill.adapter_matrix`'s: matrices on 8 bits learn what others lost.
 Scales and norms are trained as factors that start at 1 (the end-to-end phase of EfficientQAT, Chen
 et al. 2024, arXiv 2407.11062, trains scales alone).  Codes are trained through latent numbers that
 are rounded in every forward pass and moved by the gradient of what they round to, straight through
@@ -18,12 +19,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from edgedistill.adapter_matrix import AdapterMatrix
+from edgedistill.errors import InputError
 from edgedistill.learner import Learner, Pace
-from edgedistill.quantized import QTensor
+from edgedistill.quantized import FOLDED_FROM_BITS, QTensor
 from edgedistill.stages.quantize_rtn import shorten
 from edgedistill.student import Student
 
-GridTrained = Literal["scales", "codes"]
+GridTrained = Literal["adapter", "scales", "codes"]
 FloatArray = npt.NDArray[np.float32]
 
 # How far from its code towards the edge of what rounds to it a latent number may start.
@@ -136,9 +139,14 @@ class GridLearner(Learner):
 
     Args:
         student: its blocks' matrices quantized.
-        trained: ``scales`` (with norms and biases), or ``codes`` as well.
+        trained: ``adapter`` (of the matrices on 8 bits), ``scales``, or ``codes`` as well; norms
+            and biases with either.
         origin: the student before it was quantized, if that is known.
         latent_rate: how fast latent numbers move, in steps of their grid, when factors move by 1.
+        rank: of the adapter.
+
+    Raises:
+        InputError: there is no matrix that an adapter could be folded into.
     """
 
     def __init__(
@@ -147,27 +155,49 @@ class GridLearner(Learner):
         trained: GridTrained,
         origin: Student | None = None,
         latent_rate: float = 10.0,
+        rank: int = 16,
     ) -> None:
         super().__init__(student)
         self._latent_rate = latent_rate
-        self._matrices: dict[str, GridMatrix] = {}
+        self._matrices: dict[str, GridMatrix | AdapterMatrix] = {}
         self._vectors: dict[str, tuple[Tensor, Tensor]] = {}
         self._weights: dict[str, Tensor] = {}
         outside = {self.facts.embedding, self.facts.head}
+        draw = torch.Generator().manual_seed(0)
         for name, shape in self.facts.tensor_shapes().items():
-            if name in student.grids and name not in outside:
+            grid = student.grids.get(name)
+            if grid is None or name in outside:
+                self._hold(name, shape)
+            elif trained != "adapter":
                 before = origin.read(name) if origin is not None and trained == "codes" else None
-                matrix = GridMatrix(
-                    student.read_quantized(name), codes=trained == "codes", origin=before
+                self._train(
+                    name,
+                    GridMatrix(
+                        student.read_quantized(name), codes=trained == "codes", origin=before
+                    ),
                 )
-                self._matrices[name], self._weights[name] = matrix, matrix.weight
-                continue
-            values = torch.from_numpy(student.read(name))
-            if len(shape) == 1:
-                factor = torch.zeros_like(values, requires_grad=True)
-                self._vectors[name] = (values, factor)
-                values = values.clone().requires_grad_()
-            self._weights[name] = values
+            elif grid.bits >= FOLDED_FROM_BITS:
+                self._train(name, AdapterMatrix(student.read_quantized(name), rank, draw))
+            else:
+                self._hold(name, shape)
+        if not self._matrices:
+            raise InputError(
+                f"no matrix of the blocks has {FOLDED_FROM_BITS} bits, which an adapter needs",
+                where=str(student.path),
+                hint="quantize with `linears: {v: {bits: 8}, o: {bits: 8}}`, or train `scales`",
+            )
+
+    def _train(self, name: str, matrix: GridMatrix | AdapterMatrix) -> None:
+        self._matrices[name], self._weights[name] = matrix, matrix.weight
+
+    def _hold(self, name: str, shape: tuple[int, ...]) -> None:
+        """As it is, but for vectors, which are trained as factors."""
+        values = torch.from_numpy(self.student.read(name))
+        if len(shape) == 1:
+            factor = torch.zeros_like(values, requires_grad=True)
+            self._vectors[name] = (values, factor)
+            values = values.clone().requires_grad_()
+        self._weights[name] = values
 
     def trained(self) -> list[Tensor]:
         """Factors of vectors, then what is trained of each matrix."""

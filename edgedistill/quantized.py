@@ -17,6 +17,9 @@ from edgedistill.errors import InputError
 Bits = Literal[2, 4, 8]
 ZeroKind = Literal["fixed", "integer"]
 
+# A change is folded into a matrix of so many bits; fewer would round most of a small one away.
+FOLDED_FROM_BITS = 8
+
 FIXED_ZERO: dict[int, int] = {2: 1, 4: 8, 8: 128}
 
 

@@ -12,9 +12,10 @@ from pydantic import BaseModel
 
 from edgedistill.decoder import DecoderFacts
 from edgedistill.errors import EdgedistillError
-from edgedistill.estimate import artifact_bytes, has_grids
+from edgedistill.estimate import artifact_bytes
 from edgedistill.kv_cache import kv_cache_problems
 from edgedistill.plugins import did_you_mean, load_plugin
+from edgedistill.quantized import Grid
 from edgedistill.recipe import Recipe, StageStep
 from edgedistill.recipe_yaml import Place
 
@@ -224,27 +225,45 @@ def _check_context(recipe: Recipe, facts: DecoderFacts) -> Iterator[Finding]:
 
 
 def _check_stages(recipe: Recipe, facts: DecoderFacts) -> Iterator[Finding]:
-    quantized = False
-    for index, step in enumerate(recipe.stages):
-        yield from _stage_problems(step, ("stages", index, step.name), facts, quantized)
-        quantized = quantized or has_grids([step], facts)
-        facts = step.config.facts_after(facts)
-    shared, shared_facts = quantized, facts
+    yield from _along(recipe.stages, ("stages",), facts, [])
     for rung, steps in recipe.rungs.items():
-        quantized, facts = shared, shared_facts
-        for index, step in enumerate(steps):
-            place = ("rungs", rung, index, step.name)
-            yield from _stage_problems(step, place, facts, quantized)
-            quantized = quantized or has_grids([step], facts)
-            facts = step.config.facts_after(facts)
+        yield from _along(steps, ("rungs", rung), facts, recipe.stages)
+
+
+def _along(
+    steps: Sequence[StageStep], place: Place, facts: DecoderFacts, before: Sequence[StageStep]
+) -> Iterator[Finding]:
+    """Hold each step against what arrives there.
+
+    Args:
+        steps: that are checked.
+        place: of their list.
+        facts: of the recipe's student.
+        before: steps that come first.
+    """
+    grids: set[Grid] = set()
+    for index, step in enumerate([*before, *steps]):
+        if index >= len(before):
+            here = (*place, index - len(before), step.name)
+            yield from _stage_problems(step, here, facts, grids)
+        grids = _expected_grids(step, facts) or grids
+        facts = step.config.facts_after(facts)
+
+
+def _expected_grids(step: StageStep, facts: DecoderFacts) -> set[Grid]:
+    """Those that a step is likely to put matrices of the blocks on."""
+    names = facts.linears(0).values()  # blocks are alike
+    found = (step.config.expected_grids(name, facts) for name in names)
+    return {grid for shares in found for grid, share in shares.items() if share > 0}
 
 
 def _stage_problems(
-    step: StageStep, place: Place, facts: DecoderFacts, quantized: bool
+    step: StageStep, place: Place, facts: DecoderFacts, grids: set[Grid]
 ) -> Iterator[Finding]:
-    if not quantized and not all(path.exists() for _, path in _paths(step, ())):
+    if not grids and not all(path.exists() for _, path in _paths(step, ())):
         return  # that is said already, and the stage may want to read them
-    for problem in step.config.problems(facts, quantized):
+    problems = step.config.problems(facts, bool(grids))
+    for problem in problems or step.config.problems_on(grids):
         yield Finding(place, problem)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,6 +110,10 @@ class Stage(BaseModel, ABC):
             facts: of the student that arrives.
             quantized: whether an earlier stage has quantized it.
         """
+        return []
+
+    def problems_on(self, grids: Collection[Grid]) -> list[str]:
+        """What makes it impossible behind a stage that puts the blocks' matrices on ``grids``."""
         return []
 
     def refuse_misfit(self, student: Student) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from edgedistill.adapter_matrix import AdapterMatrix
 from edgedistill.build import Options
 from edgedistill.cache import Cache
 from edgedistill.calibration import Calibration, calibration_ids
@@ -36,6 +37,8 @@ from tests.recipes import write_recipe
 
 Tiny = Callable[[str], Path]
 Quantized = Callable[..., Path]
+# What an adapter is folded into.
+SOME_ON_8 = {"v": {"bits": 8}, "o": {"bits": 8}}
 GRIDS = [Grid(2, 64), Grid(4, 32), Grid(4, 32, "integer"), Grid(8, 32)]
 SHORT = Calibration(sequence_tokens=64)
 BUDGET: dict[str, Any] = {
@@ -87,6 +90,12 @@ def _recover(
 
 def _files(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+
+
+def _adapter(rank: int = 4) -> tuple[AdapterMatrix, QTensor]:
+    weights = np.random.default_rng(3).normal(0, 0.1, (6, 128)).astype(np.float32)
+    rounded = round_to_grid(weights, Grid(8, 32))
+    return AdapterMatrix(rounded, rank, torch.Generator().manual_seed(0)), rounded
 
 
 def _matrix(grid: Grid, *, codes: bool) -> tuple[GridMatrix, QTensor, npt.NDArray[np.float32]]:
@@ -158,6 +167,59 @@ def test_nothing_moves_before_it_is_trained_and_latents_lean_towards_the_origina
     assert np.abs(missing - lean).mean() < 0.5 * np.abs(missing).mean()
 
 
+def test_an_adapter_changes_nothing_before_it_is_trained() -> None:
+    matrix, rounded = _adapter()
+    now = matrix.quantized()
+    assert (now.codes == rounded.codes).all()
+    assert (now.scales == rounded.scales).all()
+    assert (matrix.weight.detach().numpy() == rounded.dequantize()).all()
+    assert matrix.changed_codes() == 0
+
+
+def test_the_gradients_of_an_adapter_are_those_of_its_product() -> None:
+    matrix, rounded = _adapter()
+    a, b = matrix.trained()
+    towards = torch.randn(6, 128, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        b.copy_(torch.randn(b.shape, generator=torch.Generator().manual_seed(1)) * 0.01)
+    matrix.settle()
+    (matrix.weight * towards).sum().backward()  # type: ignore[no-untyped-call]
+    matrix.collect()
+    found = [part.grad.clone() for part in (a, b) if part.grad is not None]
+    plain_a, plain_b = (part.detach().clone().requires_grad_() for part in (a, b))
+    product = torch.from_numpy(rounded.dequantize()) + plain_b @ plain_a
+    (product * towards).sum().backward()  # type: ignore[no-untyped-call]
+    for own, plain in zip(found, (plain_a, plain_b), strict=True):
+        assert plain.grad is not None
+        torch.testing.assert_close(own, plain.grad)
+    assert matrix.weight.grad is None
+
+
+def test_of_a_change_below_half_a_step_as_many_codes_move_as_its_mean_takes() -> None:
+    """Rounded from the codes themselves it would be lost altogether."""
+    matrix, rounded = _adapter(rank=1)
+    a, b = matrix.trained()
+    step = float(rounded.scales.astype(np.float32).mean())
+    with torch.no_grad():
+        a.fill_(1.0)
+        b.fill_(0.2 * step)
+    matrix.settle()
+    moved = matrix.weight.detach().numpy() - rounded.dequantize()
+    assert moved.mean() == pytest.approx(0.2 * step, rel=0.25)
+    assert 0 < matrix.changed_codes() < 0.5 * rounded.codes.size
+
+
+def test_an_adapter_ends_on_the_grid_that_formats_hold() -> None:
+    matrix, rounded = _adapter()
+    with torch.no_grad():
+        matrix.trained()[1].fill_(100.0)
+    matrix.settle()
+    now = matrix.quantized()
+    assert (now.codes.min(), now.codes.max()) == (1, 255)
+    assert (now.scales == rounded.scales).all()
+    assert (matrix.weight.detach().numpy() == now.dequantize()).all()
+
+
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_any_training_ends_on_the_grid_that_formats_hold(grid: Grid) -> None:
     matrix, rounded, _ = _matrix(grid, codes=True)
@@ -212,6 +274,37 @@ def test_recovery_lowers_the_kl_that_transformers_measures_and_moves_what_it_may
     assert (now.read(was.facts.final_norm) != was.read(was.facts.final_norm)).any()
 
 
+@pytest.mark.slow
+def test_a_folded_adapter_lowers_the_kl_that_transformers_measures(
+    tiny: Tiny, quantized: Quantized, tmp_path: Path
+) -> None:
+    src, teacher = quantized(bits=2, linears=SOME_ON_8), tiny("llama")
+    stage = Recover(**BUDGET | {"learning_rate": 1e-2})
+    found = _recover(stage, src, out := tmp_path / "out", teacher)
+    text = torch.from_numpy(np.stack(calibration_ids(src, SHORT, Chat())[-4:]))
+    expected = logits(load(teacher), text)
+    dequantize_student(src, empty(tmp_path / "before"))
+    dequantize_student(out, empty(tmp_path / "after"))
+    before, after = (
+        mean_kl(expected, logits(load(tmp_path / name), text)) for name in ("before", "after")
+    )
+    assert after < 0.95 * before
+    assert found.kl_after == pytest.approx(after, rel=1e-3)
+    was, now = Student(src), Student(out)
+    assert now.grids == was.grids
+    for name in was.facts.matrices():
+        same = now.read_quantized(name), was.read_quantized(name)
+        assert (same[0].scales == same[1].scales).all()
+        folded = was.facts.short_name(name) in SOME_ON_8
+        assert (same[0].codes != same[1].codes).any() == folded
+    assert found.codes == sum(
+        was.read_quantized(name).codes.size
+        for name in was.facts.matrices()
+        if was.facts.short_name(name) in SOME_ON_8
+    )
+    assert 0 < found.codes_changed < found.codes
+
+
 def test_what_is_held_out_was_not_calibrated_on(tiny: Tiny, tmp_path: Path) -> None:
     """GPTQ reads the first ``calibration.tokens`` of the text that recovery reads too."""
     lines = [
@@ -229,7 +322,7 @@ def test_what_is_held_out_was_not_calibrated_on(tiny: Tiny, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("trained", ["scales", "codes"])
+@pytest.mark.parametrize("trained", ["adapter", "scales", "codes"])
 def test_a_run_that_was_killed_ends_in_the_bytes_of_one_that_was_not(
     tiny: Tiny,
     quantized: Quantized,
@@ -237,7 +330,8 @@ def test_a_run_that_was_killed_ends_in_the_bytes_of_one_that_was_not(
     trained: GridTrained,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    src, stage = quantized(bits=2), Recover(trained=trained, passes=4, **BUDGET)
+    src = quantized(bits=2, linears=SOME_ON_8)
+    stage = Recover(trained=trained, passes=4, **BUDGET)
     work = empty(tmp_path / "work")
     _recover(stage, src, tmp_path / "whole", tiny("llama"))
     interruption = Interruption(monkeypatch, after=10)
@@ -275,6 +369,10 @@ def test_what_cannot_be_recovered_is_refused(
 ) -> None:
     facts = Student(tiny("llama")).facts
     assert Recover().problems(facts, quantized=True) == []
+    assert Recover().problems_on([Grid(2, 64), Grid(8, 32)]) == []
+    assert "folded into matrices on 8 bits" in Recover().problems_on([Grid(2, 64)])[0]
+    with pytest.raises(InputError, match="no matrix of the blocks has 8 bits"):
+        _recover(Recover(**BUDGET), quantized(bits=2), tmp_path / "none", tiny("llama"))
     assert "not quantized" in Recover().problems(facts, quantized=False)[0]
     with pytest.raises(InputError, match="not quantized"):
         _recover(Recover(**BUDGET), tiny("llama"), tmp_path / "float", tiny("llama"))
@@ -285,7 +383,7 @@ def test_what_cannot_be_recovered_is_refused(
     (other / "tokenizer.json").write_text(text + "\n", encoding="utf-8")
     with pytest.raises(InputError, match="another tokenizer"):
         _recover(Recover(**BUDGET), quantized(bits=2), tmp_path / "out", other)
-    worse = Recover(**BUDGET | {"learning_rate": 1.0, "reach": 50.0})
+    worse = Recover(trained="codes", **BUDGET | {"learning_rate": 1.0, "reach": 50.0})
     with pytest.raises(StageError, match=r"did not lower|held-out KL is"):
         _recover(worse, quantized(bits=4), tmp_path / "worse", tiny("llama"))
 
@@ -296,6 +394,18 @@ def test_a_float_rung_that_wants_recovery_is_a_mistake_in_the_recipe(
     text = RECIPE.replace("  float: []", "  float: [recover: {{}}]")
     with pytest.raises(RecipeError, match="behind the stage that quantizes"):
         load_recipe(write_recipe(tmp_path, tiny("llama"), text))
+
+
+def test_an_adapter_that_nothing_holds_is_a_mistake_in_the_recipe(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    text = RECIPE.replace("trained: scales, ", "")
+    with pytest.raises(RecipeError, match=r"linears: \{v: \{bits: 8\}"):
+        load_recipe(write_recipe(tmp_path, tiny("llama"), text))
+    held = "quantize_rtn: {{bits: 2, linears: {{v: {{bits: 8}}}}}}"
+    load_recipe(
+        write_recipe(tmp_path, tiny("llama"), text.replace("quantize_rtn: {{bits: 2}}", held))
+    )
 
 
 def test_plain_two_bits_are_warned_of_and_recovered_ones_are_not(

@@ -1,11 +1,13 @@
 """Recover what quantization lost, on the grids: the student learns to predict what it did before.
 
-Self-distillation as in mlx-lm's DWQ and the end-to-end phase of EfficientQAT (arXiv 2407.11062);
+By a recovery adapter that is folded into the matrices on 8 bits, or on the scales and codes alone,
+as mlx-lm's DWQ and the end-to-end phase of EfficientQAT (arXiv 2407.11062) do;
 :mod:`edgedistill.grid_learner` has what is trained, and how the result stays exact in every format.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -14,6 +16,7 @@ from pydantic import Field
 from edgedistill.decoder import DecoderFacts
 from edgedistill.distilling_stage import DistillingStage
 from edgedistill.errors import InputError
+from edgedistill.quantized import FOLDED_FROM_BITS, Grid
 from edgedistill.stage import Stage, StageCost
 
 if TYPE_CHECKING:
@@ -22,8 +25,8 @@ if TYPE_CHECKING:
     from edgedistill.student import Student
     from edgedistill.training_text import TrainingSplit
 
-# Of factors that start at 1.  Where codes move too, scales have less to make up for.
-LEARNING_RATES = {"scales": 2e-3, "codes": 2e-3}
+# Of an adapter's factors, and of factors on vectors and scales that start at 1.
+LEARNING_RATES = {"adapter": 5e-3, "scales": 2e-3, "codes": 2e-3}
 
 # In steps of the grid: where the optimizer takes few steps, none may throw codes about.
 MOST_LATENT_RATE = 0.1
@@ -32,17 +35,21 @@ MOST_LATENT_RATE = 0.1
 class Recover(DistillingStage, Stage):
     """Distil the reference's logits into a quantized student, behind the stage that quantized it.
 
-    Codes, scales and norms of the least held-out KL are written, on the same grids, and
-    ``recovery.json`` with the curve.  Embedding and head stay as they are.  A run that is killed
+    What had the least held-out KL is written, on the same grids, and ``recovery.json`` with the
+    curve.  Embedding and head stay as they are.  A run that is killed
     goes on from its last evaluation, to the same bytes.
 
     Attributes:
-        trained: ``scales`` trains scales and norms; ``codes`` moves codes as well.
+        trained: ``adapter`` trains a low-rank product beside each matrix of the blocks that is on
+            8 bits, and folds it in; ``scales`` the scales of all; ``codes`` moves codes as well.
+            Norms are trained with either.
+        rank: of the adapter's products.
         reach: the most steps of its grid that a code's latent number goes over the training, with
             a gradient far above its matrix's others that never changes sign; most go far less.
     """
 
-    trained: Literal["scales", "codes"] = "scales"
+    trained: Literal["adapter", "scales", "codes"] = "adapter"
+    rank: Annotated[int, Field(ge=1, le=1024)] = 16
     reach: Annotated[float, Field(gt=0.0, le=100.0)] = 1.0
     batch_tokens: Annotated[int, Field(ge=16)] = 1024
 
@@ -59,15 +66,26 @@ class Recover(DistillingStage, Stage):
     def cost(self, facts: DecoderFacts) -> StageCost:
         """As of every training.
 
-        Weights and their gradients; of codes latent numbers, AdamW's two moments, the best so far.
+        Weights and, but for an adapter, their gradients; of codes latent numbers, AdamW's two
+        moments, the best so far.
         """
-        return self.training_cost(facts, copies=6 if self.trained == "codes" else 3, teacher=True)
+        copies = {"adapter": 2, "scales": 3, "codes": 6}[self.trained]
+        return self.training_cost(facts, copies=copies, teacher=True)
 
     def problems(self, facts: DecoderFacts, quantized: bool) -> list[str]:
         """A float student."""
         if quantized:
             return []
         return ["the student is not quantized: put recover behind the stage that quantizes it"]
+
+    def problems_on(self, grids: Collection[Grid]) -> list[str]:
+        """No matrix that an adapter could be folded into."""
+        if self.trained != "adapter" or any(grid.bits >= FOLDED_FROM_BITS for grid in grids):
+            return []
+        return [
+            f"an adapter is folded into matrices on {FOLDED_FROM_BITS} bits, and there are none: "
+            "quantize with `linears: {v: {bits: 8}, o: {bits: 8}}`, or state `trained: scales`"
+        ]
 
     def run(self, src: Path, dst: Path) -> None:
         """Refuse: there is no teacher.
@@ -127,6 +145,7 @@ class Recover(DistillingStage, Stage):
             origin=_origin(student, reference),
             # Over a warm-up and a cosine the rate is half of its peak on average.
             latent_rate=min(2 * self.reach / self._steps, MOST_LATENT_RATE) / self._rate,
+            rank=self.rank,
         )
 
     def settings(self) -> DistillSettings:
