@@ -82,4 +82,5 @@ class AdapterMatrix:
         moved = ((self._b @ self._a).detach().view(self._groups) / scale).view(shape)
         codes = torch.from_numpy(self._start.codes) + (self._dither + moved).round_()
         least = 1 if grid.bits == 8 else 0  # symmetric: -127..127
-        return codes.clamp_(least, grid.max_code)
+        stored: Tensor = codes.clamp_(least, grid.max_code)
+        return stored

@@ -76,6 +76,21 @@ def test_weights_beyond_float16_scales_are_refused() -> None:
         round_to_grid(np.full((1, 64), 1e9, dtype=np.float32), Grid(2, 64))
 
 
+def test_kinds_of_matrices_may_have_grids_of_their_own(
+    tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    stage = QuantizeRtn(bits=2, linears={"v": GridChoice(bits=8), "down": GridChoice(bits=4)})
+    stage.run(tiny("llama"), tmp_path)
+    student = Student(tmp_path)
+    bits = {"v": 8, "down": 4}
+    for layer in range(student.facts.layers):
+        for short, name in student.facts.linears(layer).items():
+            assert student.read_quantized(name).grid.bits == bits.get(short, 2)
+    assert student.grids[student.facts.embedding].bits == 8
+    odd = QuantizeRtn(bits=2, linears={"q": GridChoice(bits=8, group_size=240)})
+    assert "does not divide" in odd.problems(student.facts, quantized=False)[0]
+
+
 def test_stage_quantizes_matrices_and_carries_the_rest(
     tiny: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from edgedistill.training_text import TrainingSplit
 
 # Of an adapter's factors, and of factors on vectors and scales that start at 1.
-LEARNING_RATES = {"adapter": 5e-3, "scales": 2e-3, "codes": 2e-3}
+LEARNING_RATES = {"adapter": 1e-3, "scales": 2e-3, "codes": 2e-3}
 
 # In steps of the grid: where the optimizer takes few steps, none may throw codes about.
 MOST_LATENT_RATE = 0.1
