@@ -36,7 +36,7 @@ from tests.recipes import write_recipe
 
 Tiny = Callable[[str], Path]
 Quantized = Callable[..., Path]
-GRIDS = [Grid(2, 64), Grid(4, 32), Grid(4, 32, "integer"), Grid(8, 32)]
+GRIDS = [Grid(2, 64), Grid(3, 32), Grid(4, 32), Grid(4, 32, "integer"), Grid(8, 32)]
 SHORT = Calibration(sequence_tokens=64)
 BUDGET: dict[str, Any] = {
     "tokens": 2048,
