@@ -66,6 +66,7 @@ GRIDS = {
     "int4-g64": MatrixGrids(bits=4, group_size=64, zero="fixed"),
     "int4-g32": MatrixGrids(bits=4, group_size=32, zero="fixed"),
     "int4-g32-integer": MatrixGrids(bits=4, group_size=32, zero="integer"),
+    "int3-g64": MatrixGrids(bits=3, group_size=64),
     "int2-g64": MatrixGrids(bits=2),
 }
 

@@ -18,6 +18,8 @@ from edgedistill.student import Student
 
 Var = Any
 FLOAT16_MAX = 65504.0
+# MIL has no integers of these widths for `data`, but indices into a table.
+TABLE_BITS = (2, 3)
 
 
 class Weights:
@@ -73,20 +75,20 @@ class Weights:
         """Codes, scales and zeros as they are: ``(data - offset) * scale`` by blocks.
 
         Where the zero is fixed the stored data are code - zero, signed, and need no offset.
-        There is no 2-bit integer type for ``data``: 2-bit codes go through a table of four values.
+        Codes of ``TABLE_BITS`` go through a table of all that they can mean.
         """
         grid, op_name = tensor.grid, _op_name(name)
         types = import_coremltools("coremltools.converters.mil.mil").types
         offset: npt.NDArray[Any] | None = None
-        if grid.bits == 2:
-            values: npt.NDArray[Any] = np.arange(4, dtype=np.uint8)
+        if grid.bits in TABLE_BITS:
+            values: npt.NDArray[Any] = np.arange(grid.max_code + 1, dtype=np.uint8)
             if tensor.zeros is None:
                 values = values.astype(np.int8) - np.int8(grid.fixed_zero)
             else:
                 offset = tensor.zeros
             data: Any = self._mb.constexpr_lut_to_dense(
-                indices=tensor.codes.astype(types.np_uint2_dtype),
-                lut=values.reshape(1, 1, 4, 1),
+                indices=tensor.codes.astype(types.string_to_nptype(f"uint{grid.bits}")),
+                lut=values.reshape(1, 1, -1, 1),
                 name=f"{op_name}_values",
             )
         elif tensor.zeros is None:

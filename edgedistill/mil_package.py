@@ -47,6 +47,7 @@ DATA_TYPES: dict[int, tuple[str, str, int]] = {
     35: ("uint4", "u1", 4),
     36: ("uint2", "u1", 2),
     37: ("uint1", "u1", 1),
+    39: ("uint3", "u1", 3),
 }
 
 
@@ -59,16 +60,16 @@ class Constant:
     stored: npt.NDArray[np.uint8] | str
 
     def values(self) -> Array:
-        """The value in its dtype and shape; 1-, 2- and 4-bit integers widened to 8 bits."""
+        """The value in its dtype and shape; integers of fewer bits widened to 8."""
         if isinstance(self.stored, str):
             return np.array(self.stored, dtype=object)
         _, numpy_dtype, bits = _BY_NAME[self.dtype]
         count = math.prod(self.shape)
         if bits == 0:
             raise InputError(f"a constant of the type {self.dtype} is held as numbers")
-        if self.stored.size * 8 % bits:
-            raise InputError(f"a constant of {self.dtype} has {self.stored.size} bytes")
         if bits >= 8:
+            if self.stored.size * 8 % bits:
+                raise InputError(f"a constant of {self.dtype} has {self.stored.size} bytes")
             flat = self.stored.view(numpy_dtype)
         else:
             flat = _unpack(self.stored, bits)
@@ -257,11 +258,20 @@ def _dtype_name(data_type: int) -> str:
 
 
 def _unpack(packed: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
-    """Elements narrower than a byte, the first in the low bits."""
-    shifts = np.arange(0, 8, bits, dtype=np.uint8)
-    mask = np.uint8((1 << bits) - 1)
-    elements: npt.NDArray[np.uint8] = ((packed[:, None] >> shifts) & mask).reshape(-1)
-    return elements
+    """Elements narrower than a byte, the first in the low bits; some of 3 bits lie across two.
+
+    So ``mlmodel/src/MILBlob/SubByteTypes.cpp`` packs them.  The last bytes may be no whole element.
+    """
+    period = math.lcm(bits, 8)
+    runs = np.pad(packed, (0, -packed.size % (period // 8))).reshape(-1, period // 8)
+    elements = np.empty((len(runs), period // bits), dtype=np.uint8)
+    for i, start in enumerate(range(0, period, bits)):
+        byte, shift = divmod(start, 8)
+        value = runs[:, byte] >> np.uint8(shift)
+        if shift + bits > 8:
+            value |= runs[:, byte + 1] << np.uint8(8 - shift)
+        elements[:, i] = value & np.uint8((1 << bits) - 1)
+    return elements.reshape(-1)
 
 
 _BY_NAME = {name: (name, dtype, bits) for name, dtype, bits in DATA_TYPES.values()}

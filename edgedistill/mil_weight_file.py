@@ -31,6 +31,7 @@ BLOB_TYPES: dict[int, str] = {
     9: "uint1",
     10: "uint2",
     11: "uint4",
+    12: "uint3",
     14: "int32",
 }
 

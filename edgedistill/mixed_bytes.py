@@ -12,6 +12,8 @@ from edgedistill.quantized import Grid
 GRIDS = (
     Grid(2, 64),
     Grid(2, 32),
+    Grid(3, 64),
+    Grid(3, 32),
     Grid(4, 64),
     Grid(4, 32),
     Grid(4, 32, "integer"),

@@ -6,6 +6,9 @@ import math
 
 from edgedistill.quantized import Grid
 
+# That ``MatMulNBits`` has a CPU kernel for (ONNX Runtime 1.32).
+KERNEL_BITS = (2, 4, 8)
+
 
 def stores_zeros(grid: Grid) -> bool:
     """Whether zero points are written; where they are not, ORT assumes ``2^(bits - 1)``."""

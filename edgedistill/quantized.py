@@ -6,6 +6,7 @@ point) for each group of consecutive weights along a row, the input dimension.  
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,13 +15,13 @@ import numpy.typing as npt
 
 from edgedistill.errors import InputError
 
-Bits = Literal[2, 4, 8]
+Bits = Literal[2, 3, 4, 8]
 ZeroKind = Literal["fixed", "integer"]
 
 # A change is folded into a matrix of so many bits; fewer would round most of a small one away.
 FOLDED_FROM_BITS = 8
 
-FIXED_ZERO: dict[int, int] = {2: 1, 4: 8, 8: 128}
+FIXED_ZERO: dict[int, int] = {2: 1, 3: 4, 4: 8, 8: 128}
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Grid:
     """A set of representable weights.
 
     Attributes:
-        bits: width of a code: 2, 4 or 8.
+        bits: width of a code: 2, 3, 4 or 8.
         group_size: consecutive weights of a row that share a scale.
         zero: ``fixed`` (the same zero point everywhere, see ``FIXED_ZERO``) or ``integer``
             (one unsigned zero point a group, as wide as a code).
@@ -40,7 +41,7 @@ class Grid:
 
     @property
     def fixed_zero(self) -> int:
-        """The zero point of a ``fixed`` grid: 1 for 2 bits, 8 for 4, 128 for 8."""
+        """The zero point of a ``fixed`` grid: 1 for 2 bits, 4 for 3, 8 for 4, 128 for 8."""
         return FIXED_ZERO[self.bits]
 
     @property
@@ -114,33 +115,57 @@ class QTensor:
 
 
 def pack_codes(codes: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
-    """Pack codes along the last axis, first element in the low bits.
+    """Pack codes along the last axis into a stream of bits, first element in the low bits.
+
+    A code of 3 bits may lie across two bytes: its low bits are the high bits of the first.
 
     Args:
         codes: uint8 [..., n]; a last byte that is not full is padded with zero bits.
-        bits: 2, 4 or 8.
+        bits: 2, 3, 4 or 8.
 
     Returns:
         uint8 [..., ceil(n * bits / 8)].
     """
     if bits == 8:
         return np.ascontiguousarray(codes)
-    per_byte = 8 // bits
-    padding = -codes.shape[-1] % per_byte
-    if padding:
-        codes = np.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, padding)])
-    parts = codes.reshape(*codes.shape[:-1], -1, per_byte)
-    packed = np.zeros(parts.shape[:-1], dtype=np.uint8)
-    for i in range(per_byte):
-        packed |= parts[..., i] << np.uint8(i * bits)
-    return packed
+    run_codes, run_bytes = _run(bits)
+    runs = _in_runs(codes, run_codes)
+    words = np.zeros(runs.shape[:-1], dtype=_word(run_bytes))
+    for i in range(run_codes):
+        words |= runs[..., i].astype(words.dtype) << words.dtype.type(i * bits)
+    packed = words[..., None].view(np.uint8)[..., :run_bytes].reshape(*codes.shape[:-1], -1)
+    return np.ascontiguousarray(packed[..., : -(-codes.shape[-1] * bits // 8)])
 
 
 def unpack_codes(packed: npt.NDArray[np.uint8], bits: int, count: int) -> npt.NDArray[np.uint8]:
     """Undo :func:`pack_codes`: uint8 [..., bytes] -> uint8 [..., count]."""
     if bits == 8:
         return np.ascontiguousarray(packed[..., :count])
-    mask = np.uint8((1 << bits) - 1)
-    parts = [(packed >> np.uint8(shift)) & mask for shift in range(0, 8, bits)]
+    run_codes, run_bytes = _run(bits)
+    runs = _in_runs(packed, run_bytes)
+    words = np.zeros(runs.shape[:-1], dtype=_word(run_bytes))
+    for i in range(run_bytes):
+        words |= runs[..., i].astype(words.dtype) << words.dtype.type(8 * i)
+    mask, shifts = words.dtype.type((1 << bits) - 1), range(0, run_codes * bits, bits)
+    parts = [((words >> words.dtype.type(s)) & mask).astype(np.uint8) for s in shifts]
     codes = np.stack(parts, axis=-1).reshape(*packed.shape[:-1], -1)
     return np.ascontiguousarray(codes[..., :count])
+
+
+def _run(bits: int) -> tuple[int, int]:
+    """The fewest codes that fill whole bytes, and these: 4 in 1, 8 in 3 (3 bits), 2 in 1."""
+    whole = math.lcm(bits, 8)
+    return whole // bits, whole // 8
+
+
+def _word(run_bytes: int) -> np.dtype[np.unsignedinteger]:
+    """What holds the bits of a run, the first byte lowest."""
+    return np.dtype("u1" if run_bytes == 1 else "<u4")
+
+
+def _in_runs(values: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint8]:
+    """uint8 [..., n] -> uint8 [..., ceil(n / size), size], zeros at the end."""
+    padding = -values.shape[-1] % size
+    if padding:
+        values = np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, padding)])
+    return values.reshape(*values.shape[:-1], -1, size)

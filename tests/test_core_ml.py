@@ -13,6 +13,8 @@ import torch
 
 from edgedistill.errors import EdgedistillError, InputError, UsageError
 from edgedistill.exporters.coreml import Coreml
+from edgedistill.mil_package import Constant, read_package
+from edgedistill.plugins import load_plugin
 from edgedistill.quantized import Grid
 from edgedistill.runtimes.core_ml import CoreMl
 from edgedistill.session import Session
@@ -103,7 +105,14 @@ def test_every_fact_of_a_decoder_reaches_the_program(variant: str, tmp_path: Pat
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "grid",
-    [Grid(2, 64), Grid(4, 32), Grid(4, 32, "integer"), Grid(8, 32), Grid(8, 32, "integer")],
+    [
+        Grid(2, 64),
+        Grid(3, 32),
+        Grid(4, 32),
+        Grid(4, 32, "integer"),
+        Grid(8, 32),
+        Grid(8, 32, "integer"),
+    ],
     ids=str,
 )
 def test_a_quantized_package_is_its_dequantized_student(
@@ -116,6 +125,33 @@ def test_a_quantized_package_is_its_dequantized_student(
     wanted = judge(tmp_path / "float", IDS, float16=(1,))  # norms are stored in float16
     assert divergence(wanted, all_logits(artifact, "float32")) <= 1e-6
     assert divergence(wanted, all_logits(artifact, "float16")) <= 5e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["quantize_rtn", "quantize_gptq"])
+def test_three_bits_of_a_stage_arrive_code_by_code(stage: str, tiny: Tiny, tmp_path: Path) -> None:
+    fields = {"bits": 3, "embeddings": {"bits": 3, "group_size": 64}}
+    for name in ("student", "float"):
+        (tmp_path / name).mkdir()
+    load_plugin("stages", stage).model_validate(fields).run(tiny("llama"), tmp_path / "student")
+    student = Student(tmp_path / "student")
+    assert set(student.grids.values()) == {Grid(3, 32), Grid(3, 64)}
+    package = read_package(export(student.path, tmp_path / "out") / "model.mlpackage")
+    made = {op.outputs[0]: op.inputs for op in package.operations if op.outputs}
+
+    def constant(source: str | Constant) -> npt.NDArray[Any]:
+        return (package.constants[source] if isinstance(source, str) else source).values()
+
+    for name in student.grids:
+        wanted, scaled = student.read_quantized(name), made[name.replace(".", "_")]
+        table = made[str(scaled["data"][0])]
+        np.testing.assert_array_equal(constant(table["indices"][0]), wanted.codes)
+        assert constant(table["lut"][0]).reshape(-1).tolist() == list(range(-4, 4))
+        np.testing.assert_array_equal(constant(scaled["scale"][0]), wanted.scales)
+    dequantize_student(student.path, tmp_path / "float")
+    wanted_logits = judge(tmp_path / "float", IDS, float16=(1,))  # norms are stored in float16
+    assert divergence(wanted_logits, all_logits(tmp_path / "out", "float32")) <= 1e-6
+    assert divergence(wanted_logits, all_logits(tmp_path / "out", "float16")) <= 5e-4
 
 
 @pytest.mark.parametrize("length", [1, 2, 63, 64, 65])

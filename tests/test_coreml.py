@@ -29,6 +29,9 @@ CONTEXT_TOKENS = 100
 GRIDS = [
     Grid(2, 64),
     Grid(2, 64, "integer"),
+    Grid(3, 32),
+    Grid(3, 64),
+    Grid(3, 32, "integer"),
     Grid(4, 32),
     Grid(4, 32, "integer"),
     Grid(8, 32),
@@ -89,11 +92,12 @@ def test_codes_scales_and_zeros_are_carried_exactly(
         assert op.type == "constexpr_blockwise_shift_scale"
         scales = saved.values(saved.argument(op, "scale").value, "fp16")
         np.testing.assert_array_equal(scales.view(np.uint16), wanted.scales.view(np.uint16))
-        if grid.bits == 2:
+        if grid.bits in (2, 3):
             table = saved.by_output[saved.argument(op, "data").name]
             lut = saved.values(saved.argument(table, "lut").value, f"{signed}8").reshape(-1)
-            codes = saved.values(saved.argument(table, "indices").value, "uint2")
-            assert lut.tolist() == ([-1, 0, 1, 2] if grid.zero == "fixed" else [0, 1, 2, 3])
+            codes = saved.values(saved.argument(table, "indices").value, f"uint{grid.bits}")
+            fixed = {2: [-1, 0, 1, 2], 3: [-4, -3, -2, -1, 0, 1, 2, 3]}[grid.bits]
+            assert lut.tolist() == (fixed if grid.zero == "fixed" else list(range(len(fixed))))
             np.testing.assert_array_equal(codes, wanted.codes)
         else:
             data = saved.values(saved.argument(op, "data").value, f"{signed}{grid.bits}")
@@ -136,13 +140,20 @@ def test_a_tied_matrix_is_stored_once(family: str, tiny: Tiny, tmp_path: Path) -
     assert Coreml().weight_bytes(artifact) == 2 * (facts.parameters + tables + sum(biases))
 
 
-def test_weight_bytes_count_codes_scales_and_zeros(small: Path, tmp_path: Path) -> None:
-    plain = Coreml().weight_bytes(export(small, tmp_path / "plain"))
-    grid = Grid(4, 32, "integer")
-    student = random_grid_student(small, tmp_path / "student", grid)
-    quantized = Coreml().weight_bytes(export(student, tmp_path / "out"))
-    weights = sum(int(np.prod(Student(student).shape(n))) for n in Student(student).grids)
-    assert plain - quantized == weights * (16 - grid.bits_per_weight) / 8
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_what_it_says_that_tensors_take_is_what_it_writes(
+    grid: Grid, small: Path, tmp_path: Path
+) -> None:
+    student = Student(random_grid_student(small, tmp_path / "student", grid))
+    matrices = [student.shape(name) for name in student.facts.matrices()]
+    said = sum(Coreml().stored_bytes(s, None) - Coreml().stored_bytes(s, grid) for s in matrices)
+    # A table of so few values stands in the program, not among the weights.
+    tables = (grid.max_code + 1) * len(matrices) if grid.bits in (2, 3) else 0
+    plain, written = (
+        Coreml().weight_bytes(export(s, tmp_path / name))
+        for s, name in ((small, "plain"), (student.path, "out"))
+    )
+    assert plain - written == said + tables
 
 
 def test_the_package_is_one_that_coremltools_opens(tiny: Tiny, tmp_path: Path) -> None:

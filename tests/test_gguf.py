@@ -241,14 +241,15 @@ def test_the_same_student_gives_the_same_bytes(tiny: Tiny, tmp_path: Path) -> No
     assert _export(Path(elsewhere), tmp_path / "b").read_bytes() == first
 
 
+@pytest.mark.parametrize("grid", [Grid(4, 64), Grid(3, 32)], ids=str)
 def test_a_grid_without_a_block_layout_is_refused_before_anything_is_written(
-    tiny: Tiny, tmp_path: Path
+    grid: Grid, tiny: Tiny, tmp_path: Path
 ) -> None:
-    grid = Grid(4, 64)
     assert not Gguf().holds(grid)
     directory = random_grid_student(tiny("llama"), tmp_path / "student", grid)
     with pytest.raises(
-        InputError, match=r"int4 group 64[\s\S]*hint: grids that fit: int8 group 32"
+        InputError,
+        match=rf"int{grid.bits} group {grid.group_size}[\s\S]*hint: grids that fit: int8 group 32",
     ):
         _export(directory, tmp_path / "out")
     assert not (tmp_path / "out" / "model.gguf").exists()

@@ -33,7 +33,14 @@ from tests.tiny import FAMILY_CONFIGS
 Tiny = Callable[[str], Path]
 Floats = npt.NDArray[np.float32]
 
-GRIDS = [Grid(8, 32), Grid(4, 32), Grid(4, 64), Grid(4, 32, "integer"), Grid(2, 64)]
+GRIDS = [
+    Grid(8, 32),
+    Grid(4, 32),
+    Grid(4, 64),
+    Grid(4, 32, "integer"),
+    Grid(3, 32),
+    Grid(2, 64),
+]
 ORDERS: tuple[Order, ...] = ("given", "columns", "groups")
 BARE = GptqSettings(damping=0.01, compensation=0.0, polish=0)
 
@@ -70,6 +77,15 @@ def test_outputs_are_nearer_than_by_rounding(grid: Grid, order: Order) -> None:
     rounded = squared_error(x, weights, round_to_grid(weights, grid))
     settings = replace(BARE, order=order)
     assert squared_error(x, weights, run_gptq(x, weights, grid, settings)) < 0.8 * rounded
+
+
+def test_the_error_of_three_bits_lies_between_those_of_two_and_four() -> None:
+    x, weights, settings = inputs_of(), weights_of(), GptqSettings()
+    grids = Grid(2, 32), Grid(3, 32), Grid(4, 32)
+    two, three, four = (
+        squared_error(x, weights, run_gptq(x, weights, grid, settings)) for grid in grids
+    )
+    assert 2.5 * four < three < 0.4 * two
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)

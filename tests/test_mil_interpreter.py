@@ -31,7 +31,7 @@ def read_back(path: Path, offset: int, dtype: str) -> npt.NDArray[Any]:
     return np.asarray(values).view(np.float16) if dtype == "float16" else np.asarray(values)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "int4", "uint4", "uint2", "int8", "uint8"])
+@pytest.mark.parametrize("dtype", ["float16", "int4", "uint4", "uint3", "uint2", "int8", "uint8"])
 def test_weights_are_read_as_coremltools_reads_them(dtype: str, tmp_path: Path) -> None:
     storage = import_coremltools("coremltools.libmilstoragepython")
     path = tmp_path / "weight.bin"

@@ -329,18 +329,22 @@ def test_blockwise_constants_are_shifted_and_scaled(tmp_path: Path) -> None:
         np.testing.assert_array_equal(device[name], weight.astype(np.float16), err_msg=name)
 
 
-def test_a_table_of_four_values_feeds_the_blockwise_scale(tmp_path: Path) -> None:
-    codes, scales = RANDOM.integers(0, 4, (3, 8)), half(3, 2)
-    lut = np.array([-1, 0, 1, 2], dtype=np.int8)
+@pytest.mark.parametrize(("bits", "zero"), [(2, 1), (3, 4)])
+def test_a_table_of_all_codes_feeds_the_blockwise_scale(
+    bits: int, zero: int, tmp_path: Path
+) -> None:
+    codes, scales = RANDOM.integers(0, 1 << bits, (3, 8)), half(3, 2)
+    lut = np.arange(-zero, (1 << bits) - zero, dtype=np.int8)
 
     def build(mb: Any, x: Any) -> Any:
         values = mb.constexpr_lut_to_dense(
-            indices=codes.astype(mil().types.np_uint2_dtype), lut=lut.reshape(1, 1, 4, 1)
+            indices=codes.astype(mil().types.string_to_nptype(f"uint{bits}")),
+            lut=lut.reshape(1, 1, -1, 1),
         )
         return mb.linear(x=x, weight=mb.constexpr_blockwise_shift_scale(data=values, scale=scales))
 
     [out] = run(tmp_path, build, np.eye(8, dtype=np.float16))
-    np.testing.assert_array_equal(out.T, (codes - 1) * np.repeat(wide(scales), 4, axis=1))
+    np.testing.assert_array_equal(out.T, (codes - zero) * np.repeat(wide(scales), 4, axis=1))
 
 
 def test_float16_mode_overflows_where_a_device_does(tmp_path: Path) -> None:

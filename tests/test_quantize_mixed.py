@@ -86,6 +86,44 @@ def test_bits_differ_and_the_document_says_what_was_done(mixed: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_rung_for_core_ml_alone_gets_three_bits_too(tiny: Tiny, tmp_path: Path) -> None:
+    source, quantized, artifact = tiny("llama"), tmp_path / "quantized", tmp_path / "artifact"
+    plain = tmp_path / "plain"
+    for directory in (quantized, artifact, plain):
+        directory.mkdir()
+    QuantizeMixed(bits_per_weight=3.6, formats=("coreml",), calibration=TEXT).run(source, quantized)
+    allocation, student = read_allocation(quantized), Student(quantized)
+    assert {grid.bits for grid in student.grids.values()} >= {3, 4}
+    assert {matrix.grid for matrix in allocation.matrices} == {
+        str(grid) for grid in student.grids.values()
+    }
+    assert 0.97 * allocation.target_bytes < allocation.total_bytes <= allocation.target_bytes
+    # What is in the file besides the student's tensors is in that of the float student, too.
+    exporter, facts = load_plugin("exporters", "coreml")(), student.facts
+    exporter.export(student, artifact, context_tokens=64)
+    exporter.export(Student(source), plain, context_tokens=64)
+    beside = exporter.weight_bytes(plain) - 2 * facts.parameters
+    # Tables of the values of 2 and 3 bits stand in the program, not in its weight file.
+    tables = sum(1 << grid.bits for grid in student.grids.values() if grid.bits < 4)
+    assert exporter.weight_bytes(artifact) - beside == allocation.total_bytes - tables
+
+
+@pytest.mark.parametrize("others", [("gguf",), ("onnx",), ("gguf", "onnx"), ("onnx", "coreml")])
+def test_no_rung_gets_three_bits_that_one_of_its_formats_lacks(
+    others: tuple[str, ...], tiny: Tiny
+) -> None:
+    facts = Student(tiny("llama")).facts
+
+    def of_three(formats: tuple[str, ...] | None) -> set[Grid]:
+        stage = QuantizeMixed(bits_per_weight=3.6, formats=formats)
+        expected = {g for n in facts.matrices() for g in stage.expected_grids(n, facts)}
+        return {grid for grid in [*stage.grids(facts), *expected] if grid.bits == 3}
+
+    assert of_three(("coreml",)) == {Grid(3, 64), Grid(3, 32)}
+    assert of_three(others) == of_three(None) == set()
+
+
+@pytest.mark.slow
 def test_predicted_losses_are_those_that_transformers_measures(tiny: Tiny, tmp_path: Path) -> None:
     """One matrix at a time is put into the float student as it was quantized."""
     from transformers import AutoModelForCausalLM

@@ -11,11 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgedistill.errors import InputError
-from edgedistill.quantized import Grid
+from edgedistill.quantized import Bits, Grid
 from edgedistill.stages.quantize_rtn import GridChoice, QuantizeRtn, round_to_grid
 from edgedistill.student import Student
 
-GRIDS = [Grid(8, 32), Grid(4, 32), Grid(4, 32, "integer"), Grid(2, 64)]
+GRIDS = [Grid(8, 32), Grid(4, 32), Grid(4, 32, "integer"), Grid(2, 64), Grid(3, 32)]
+
+BELOW_EIGHT: tuple[Bits, ...] = (2, 3, 4)
 
 
 def _weights(rows: int = 48, columns: int = 128, seed: int = 0) -> np.ndarray:
@@ -36,12 +38,29 @@ def test_every_weight_lands_on_the_nearest_point_of_its_groups_grid(grid: Grid) 
 
 
 @pytest.mark.parametrize(
-    ("grid", "largest"), [(GRIDS[0], 0.006), (GRIDS[1], 0.09), (GRIDS[2], 0.085), (GRIDS[3], 0.45)]
+    ("grid", "largest"),
+    [
+        (GRIDS[0], 0.006),
+        (GRIDS[1], 0.09),
+        (GRIDS[2], 0.085),
+        (GRIDS[3], 0.45),
+        (GRIDS[4], 0.19),
+    ],
 )
 def test_relative_error_is_that_of_its_bits(grid: Grid, largest: float) -> None:
     weights = _weights(256, 512)
     error = np.linalg.norm(round_to_grid(weights, grid).dequantize() - weights)
     assert error / np.linalg.norm(weights) < largest
+
+
+@pytest.mark.parametrize("group_size", [32, 64])
+def test_the_error_of_three_bits_lies_between_those_of_two_and_four(group_size: int) -> None:
+    weights = _weights(256, 512)
+    two, three, four = (
+        float(np.linalg.norm(round_to_grid(weights, Grid(bits, group_size)).dequantize() - weights))
+        for bits in BELOW_EIGHT
+    )
+    assert 1.5 * four < three < 0.6 * two
 
 
 def test_scale_search_beats_plain_min_max() -> None:
@@ -121,12 +140,21 @@ def test_stage_reads_back_the_integers_that_it_decided(
         np.testing.assert_array_equal(written.zero_points(), expected.zero_points())
 
 
+def test_groups_are_of_32_weights_and_at_two_bits_of_64() -> None:
+    assert GridChoice(bits=2).grid() == Grid(2, 64)
+    assert GridChoice(bits=3).grid() == Grid(3, 32)
+    assert GridChoice(bits=4).grid() == Grid(4, 32, "integer")
+    assert GridChoice(bits=8).grid() == Grid(8, 32)
+
+
 def test_impossible_choices_are_known_before_any_work(tiny: Callable[[str], Path]) -> None:
     facts = Student(tiny("llama")).facts
     assert QuantizeRtn(bits=8).problems(facts, quantized=False) == []
     assert "already" in QuantizeRtn(bits=8).problems(facts, quantized=True)[0]
     stage = QuantizeRtn(bits=8, group_size=48, zero="integer")
     assert len(stage.problems(facts, quantized=False)) >= 2
+    integer = QuantizeRtn(bits=3, zero="integer").problems(facts, False)
+    assert integer == ["zero: integer goes with 4 bits, not with 3"]
     assert "head" in QuantizeRtn(bits=4, head=GridChoice(bits=8)).problems(facts, False)[0]
 
 

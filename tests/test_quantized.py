@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -10,11 +12,11 @@ from edgedistill.errors import InputError
 from edgedistill.quantized import FIXED_ZERO, Grid, QTensor, pack_codes, unpack_codes
 from tests.rounded import random_tensor
 
-GRIDS = [Grid(8, 32), Grid(4, 32), Grid(4, 32, "integer"), Grid(2, 64)]
+GRIDS = [Grid(8, 32), Grid(4, 32), Grid(4, 32, "integer"), Grid(3, 32), Grid(2, 64)]
 
 
 @given(
-    bits=st.sampled_from([2, 4, 8]),
+    bits=st.sampled_from([2, 3, 4, 8]),
     rows=st.integers(1, 4),
     count=st.integers(1, 37),
     seed=st.integers(0, 2**32 - 1),
@@ -23,12 +25,22 @@ def test_packed_codes_come_back_as_they_were(bits: int, rows: int, count: int, s
     codes = np.random.default_rng(seed).integers(0, 1 << bits, (rows, count), dtype=np.uint8)
     packed = pack_codes(codes, bits)
     assert packed.shape == (rows, -(-count * bits // 8))
+    stream = np.unpackbits(packed, axis=1, bitorder="little")
+    for row, place in itertools.product(range(rows), range(count)):
+        own = np.packbits(stream[row, place * bits : (place + 1) * bits], bitorder="little")
+        assert own == codes[row, place]
+    assert not stream[:, count * bits :].any()
     assert np.array_equal(unpack_codes(packed, bits, count), codes)
 
 
 @pytest.mark.parametrize(
     ("bits", "codes", "packed"),
-    [(2, [1, 2, 3, 0, 3], [0b00111001, 0b11]), (4, [0xA, 0x5, 0xF], [0x5A, 0x0F]), (8, [7], [7])],
+    [
+        (2, [1, 2, 3, 0, 3], [0b00111001, 0b11]),
+        (3, [1, 2, 7, 5, 0, 3], [0b11_010_001, 0b1_000_101_1, 0b01]),
+        (4, [0xA, 0x5, 0xF], [0x5A, 0x0F]),
+        (8, [7], [7]),
+    ],
 )
 def test_the_first_code_lies_in_the_low_bits_and_padding_is_zero(
     bits: int, codes: list[int], packed: list[int]
@@ -56,7 +68,13 @@ def test_a_fixed_grid_has_its_zero_point_everywhere() -> None:
 
 @pytest.mark.parametrize(
     ("grid", "expected"),
-    [(Grid(8, 32), 8.5), (Grid(4, 32), 4.5), (Grid(4, 32, "integer"), 4.625), (Grid(2, 64), 2.25)],
+    [
+        (Grid(8, 32), 8.5),
+        (Grid(4, 32), 4.5),
+        (Grid(4, 32, "integer"), 4.625),
+        (Grid(3, 32), 3.5),
+        (Grid(2, 64), 2.25),
+    ],
 )
 def test_bits_per_weight_count_scales_and_zero_points(grid: Grid, expected: float) -> None:
     assert grid.bits_per_weight == expected

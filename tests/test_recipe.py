@@ -84,4 +84,6 @@ def test_the_schema_knows_every_stage_and_all_their_keys() -> None:
     steps = schema["$defs"]["StageStep"]["properties"]
     assert set(steps) == set(plugin_names("stages"))
     name = steps["quantize_rtn"]["$ref"].rpartition("/")[2]
-    assert set(schema["$defs"][name]["properties"]) == set(QuantizeRtn.model_fields)
+    fields = schema["$defs"][name]["properties"]
+    assert set(fields) == set(QuantizeRtn.model_fields)
+    assert fields["bits"]["enum"] == [2, 3, 4, 8]

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import edgedistill
+from edgedistill.coreml_weights import TABLE_BITS
 from edgedistill.errors import InputError
 from edgedistill.exporter import Exporter
-from edgedistill.quantized import Grid
+from edgedistill.quantized import FIXED_ZERO, Grid
 from edgedistill.student import Student, copy_side_files, write_json
 
 PACKAGE = "model.mlpackage"
@@ -34,17 +35,19 @@ class Coreml(Exporter):
     runtime: ClassVar[str] = "core_ml"
 
     def holds(self, grid: Grid) -> bool:
-        """Every grid of 2, 4 and 8 bits, with fixed and with integer zeros."""
-        return grid.bits in (2, 4, 8)
+        """Every grid, with fixed and with integer zeros."""
+        return grid.bits in FIXED_ZERO
 
     def stored_bytes(self, shape: tuple[int, ...], grid: Grid | None) -> int:
-        """Codes, float16 scales, zeros as wide as codes; float16 of all else."""
+        """Codes, float16 scales, zeros as wide as what they are taken from; float16 of all else."""
         weights = math.prod(shape)
         if grid is None:
             return 2 * weights
         groups = weights // grid.group_size
-        zeros = -(-groups * grid.bits // 8) if grid.zero == "integer" else 0
-        table = 4 if grid.bits == 2 else 0
+        through_table = grid.bits in TABLE_BITS  # of bytes, so zeros are bytes too
+        zero_bits = 8 if through_table else grid.bits
+        zeros = -(-groups * zero_bits // 8) if grid.zero == "integer" else 0
+        table = grid.max_code + 1 if through_table else 0
         return -(-weights * grid.bits // 8) + 2 * groups + zeros + table
 
     def export(self, student: Student, dst: Path, *, context_tokens: int) -> None:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from edgedistill.errors import InputError
 from edgedistill.exporter import Exporter
-from edgedistill.onnx_layout import stored_bytes
+from edgedistill.onnx_layout import KERNEL_BITS, stored_bytes
 from edgedistill.onnx_package import MODEL_FILE, not_installed, write_package
 from edgedistill.quantized import Grid
 from edgedistill.student import Student
@@ -25,8 +25,9 @@ class Onnx(Exporter):
     runtime: ClassVar[str] = "onnx_runtime"
 
     def holds(self, grid: Grid) -> bool:
-        """Groups of 16, 32, 64, …: what ``MatMulNBits`` takes; all bits and zeros of a grid."""
-        return grid.group_size >= 16 and grid.group_size.bit_count() == 1
+        """What ``MatMulNBits`` takes: 2, 4 and 8 bits in groups of 16, 32, 64, …, any zeros."""
+        groups = grid.group_size >= 16 and grid.group_size.bit_count() == 1
+        return groups and grid.bits in KERNEL_BITS
 
     def stored_bytes(self, shape: tuple[int, ...], grid: Grid | None) -> int:
         """Codes, float32 scales and zeros; float32 of all else."""
@@ -44,7 +45,7 @@ class Onnx(Exporter):
                 raise InputError(
                     f"{name} is on {grid}, which MatMulNBits does not take",
                     where=str(student.path),
-                    hint="quantize with a group size that is a power of two, 16 or more",
+                    hint="quantize to 2, 4 or 8 bits, in groups of a power of two, 16 or more",
                 )
         try:
             from edgedistill.onnx_decoder import write_decoder

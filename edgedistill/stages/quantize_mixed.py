@@ -1,4 +1,4 @@
-"""Mixed bits to a target: 2, 4 and 8 bits where they lose least, then GPTQ on the chosen grids.
+"""Mixed bits to a target: 2, 3, 4 and 8 bits where they lose least, then GPTQ on the chosen grids.
 
 docs/compression.md has the method and its figures.
 """
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 
 # Of the calibration text: what the errors are measured on, and what GPTQ sees for it.
 MEASURED_TOKENS, FITTED_TOKENS = 2048, 8192
-# Forward passes, or their like, of a token that is measured on (forward, backward, the walk, one
-# for each grid of the embedding) and of one that is fitted to (for the head, it is read, it leaves)
-PASSES_MEASURED, PASSES_FITTED = 10, 3
+# Forward passes, or their like, of a token that is measured on (forward, backward, the walk; one
+# more for each grid of the embedding), and of one that is fitted to (for the head, read, it leaves)
+PASSES_MEASURED, PASSES_FITTED = 4, 3
 
 
 class QuantizeMixed(Stage):
-    """Distribute 2, 4 and 8 bits over all matrices, embedding and head among them.
+    """Distribute 2, 3, 4 and 8 bits over all matrices, embedding and head among them.
 
     Attributes:
         bits_per_weight: the target: bits of all tensors over the number of parameters (a tied
@@ -92,7 +92,8 @@ class QuantizeMixed(Stage):
     def cost(self, facts: DecoderFacts) -> StageCost:
         """The sensitivity of every matrix, then GPTQ."""
         gptq = gptq_cost(facts, self.calibration.tokens)
-        measured = PASSES_MEASURED * MEASURED_TOKENS + PASSES_FITTED * FITTED_TOKENS
+        passes = PASSES_MEASURED + len(MixedBytes(facts, self.formats).candidates[facts.embedding])
+        measured = passes * MEASURED_TOKENS + PASSES_FITTED * FITTED_TOKENS
         return StageCost(gptq.forward_tokens + measured, gptq.held_bytes)
 
     def problems(self, facts: DecoderFacts, quantized: bool) -> list[str]:
@@ -103,7 +104,7 @@ class QuantizeMixed(Stage):
         stuck = [name for name, grids in sizes.candidates.items() if not grids]
         if stuck:
             together = " and ".join(sizes.formats)
-            return [f"{stuck[0]} fits on no grid of 2, 4 or 8 bits that {together} hold"]
+            return [f"{stuck[0]} fits on no grid of 2, 3, 4 or 8 bits that {together} hold"]
         if sizes.least <= self.target_bytes(facts) <= sizes.most:
             return []
         key, unit = ("size_mb", 1e6) if self.size_mb else ("bits_per_weight", facts.parameters / 8)

@@ -16,7 +16,7 @@ from edgedistill.verify.stated import Stated, describe, table_frequencies, theta
 PACKAGE = "model.mlpackage"
 _EMBEDDING = "model_embed_tokens_weight"
 _QUANTIZED, _TABLE = "constexpr_blockwise_shift_scale", "constexpr_lut_to_dense"
-BITS = {"int4": 4, "uint4": 4, "int8": 8, "uint8": 8}
+BITS = {"uint2": 2, "uint3": 3, "int4": 4, "uint4": 4, "int8": 8, "uint8": 8}
 # float16 keeps 11 bits; the root of epsilon is stored, and the base of the rotary frequencies is
 # the head_dim / 2-th power of what the tables say.
 NORM_TOLERANCE, ROPE_TOLERANCE = 4e-3, 2e-2
@@ -118,11 +118,10 @@ class _Program:
         return describe(bits, group_size, zeros=offset, scales=scale.dtype)
 
     def _data(self, data: str | Constant) -> tuple[tuple[int, ...], int]:
-        """(shape, bits) of codes, which at 2 bits go through a table of four values."""
+        """(shape, bits) of codes, which at 2 and 3 bits go through a table."""
         table = self._made.get(data) if isinstance(data, str) else None
         if table is not None and table.kind == _TABLE:
-            indices = self._constant(table.inputs["indices"][0])
-            return (indices.shape, 2) if indices else ((), 0)
+            data = table.inputs["indices"][0]
         constant = self._constant(data)
         return (constant.shape, BITS.get(constant.dtype, 0)) if constant else ((), 0)
 
