@@ -59,6 +59,8 @@ VARIANTS: dict[str, GptqSettings | None] = {
     "damping.05+polish2": POLISHED,
     "polish2+compensation.5": replace(POLISHED, compensation=0.5),
     "polish2+compensation1": replace(POLISHED, compensation=1.0),
+    "compensation1+damping.3": replace(POLISHED, compensation=1.0, damping=0.3),
+    "compensation1+damping1": replace(POLISHED, compensation=1.0, damping=1.0),
     "default": GptqSettings(),
     "default-sequential": replace(GptqSettings(), sequential=False),
 }

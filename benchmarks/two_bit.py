@@ -1,13 +1,13 @@
-"""What recovery gives behind GPTQ: at 2 bits with codes, at 4 with scales alone.
+"""2 bits, and what recovery gives behind GPTQ, with the curve of what more tokens give.
 
-    python benchmarks/two_bit.py --student DIR --work DIR --tokens 24576 262144 --case int2
-    python benchmarks/two_bit.py --student DIR --work DIR --tokens 16384 --case int4
+    python benchmarks/two_bit.py --student DIR --work DIR --tokens 65536
+    python benchmarks/two_bit.py --student DIR --work DIR --tokens 65536 --text manual
+    python benchmarks/two_bit.py --student DIR --work DIR --tokens 16384 --case int4-scales
 
-SmolLM2-135M off its grid; all linears at 2 bits (group 64) or 4 (group 32, fixed zero), embedding
-at 8.  GPTQ and recovery read the same text, every other topic of the Python manual; judged are the
-rest of it and reviews, as in ``benchmarks/gptq.py``: every point of the curve on 2,048 tokens a
-text by our own float32 decoder, what was written on 10,240 a text by ``transformers``.  A run that
-was killed goes on.
+SmolLM2-135M off its grid.  Calibrated on the Python manual and reviews in equal parts, or on the
+manual alone; judged are the rest of the manual and other reviews: every point of the curve on 2,048
+tokens a text by our own float32 decoder, what was written on 10,240 a text by ``transformers``.  A
+run that was killed goes on.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from judge import write_texts
+from judge import write_texts, write_two_domains
 from off_grid import take_off_grid
 from torch import Tensor
 
@@ -32,7 +32,7 @@ from edgedistill.chat import Chat
 from edgedistill.decoder_forward import DecoderForward
 from edgedistill.distill import Distillation
 from edgedistill.distill_state import DistillState
-from edgedistill.grid_choice import MatrixGrids
+from edgedistill.grid_choice import GridChoice, MatrixGrids
 from edgedistill.grid_learner import GridLearner
 from edgedistill.held_out import other_text
 from edgedistill.runtimes.torch_reference import load_model
@@ -42,12 +42,16 @@ from edgedistill.student import Student, StudentWriter
 
 ROOT = Path(__file__).resolve().parents[1]
 GPTQ_TOKENS, CURVE_TOKENS, FINAL_TOKENS, SEQUENCE_TOKENS = 16384, 2048, 10240, 512
-POINT_TOKENS = 16384  # between two points of the curve of a large budget
-TEXT_TOKENS = 49152  # that are read again where the budget is larger
-COMMON: dict[str, Any] = {"batch_tokens": 1024, "held_out_tokens": 2048, "patience": 1000}
+POINT_TOKENS = 8192  # between two points of the curve of a large budget
+COMMON: dict[str, Any] = {"held_out_tokens": 4096, "patience": 1000}
+ON_8, ON_4 = GridChoice(bits=8), GridChoice(bits=4, zero="fixed")
 CASES: dict[str, tuple[MatrixGrids, Recover]] = {
-    "int2": (MatrixGrids(bits=2), Recover(trained="codes", **COMMON)),
-    "int4": (
+    "int2": (
+        MatrixGrids(bits=2, linears={"v": ON_8, "o": ON_8}, embeddings=ON_4),
+        Recover(**COMMON),
+    ),
+    "int2-scales": (MatrixGrids(bits=2), Recover(trained="scales", **COMMON)),
+    "int4-scales": (
         MatrixGrids(bits=4, group_size=32, zero="fixed"),
         Recover(trained="scales", **COMMON),
     ),
@@ -139,10 +143,14 @@ def quantize(student: Path, dst: Path, text: Path, choice: MatrixGrids) -> None:
     aside = dst.with_name(f"{dst.name}.new")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
-    calibration = Calibration(file=text, tokens=GPTQ_TOKENS, sequence_tokens=SEQUENCE_TOKENS)
     fields = choice.model_dump(exclude_unset=True)
-    QuantizeGptq(**fields, calibration=calibration).run(student, aside)
+    QuantizeGptq(**fields, calibration=calibrated_on(text)).run(student, aside)
     aside.rename(dst)
+
+
+def calibrated_on(text: Path) -> Calibration:
+    """What GPTQ reads of a text; recovery reads what lies behind."""
+    return Calibration(file=text, tokens=GPTQ_TOKENS, sequence_tokens=SEQUENCE_TOKENS)
 
 
 def recover(
@@ -158,11 +166,9 @@ def recover(
     work.mkdir(exist_ok=True)
     shutil.rmtree(dst, ignore_errors=True)
     dst.mkdir()
-    stage = stage.model_copy(
-        update={"calibration": Calibration(file=text, sequence_tokens=SEQUENCE_TOKENS)}
-    )
+    stage = stage.model_copy(update={"calibration": calibrated_on(text)})
     source, teacher = Student(quantized), Student(student)
-    learner, split = stage.learner(source, teacher), stage.training_text(quantized)
+    learner, split = stage.learner(source, teacher), stage.split_text(quantized)
     run = Watched(watched, stage, learner, teacher, work)
     state = run.train(split.fitting, split.held_out)
     with StudentWriter(dst, source) as writer:
@@ -188,25 +194,24 @@ def bits_per_weight(student: Student) -> float:
     return bits / facts.parameters
 
 
-def measure(
-    case: str, tokens: int, student: Path, work: Path, texts: dict[str, Path]
-) -> dict[str, Any]:
-    """Quantize, recover with a budget, judge both."""
+def measure(case: str, tokens: int, student: Path, work: Path, text: Path) -> dict[str, Any]:
+    """Quantize and recover on a text with a budget, judge both."""
+    texts = write_texts(work)
     choice, stage = CASES[case]
     stage = stage.model_copy(
         update={
             "tokens": tokens,
-            "passes": -(-tokens // TEXT_TOKENS),
             "evaluations": max(4, tokens // POINT_TOKENS),
         }
     )
-    quantized, recovered = work / f"{case}.gptq", work / f"{case}.recovered-{tokens}"
-    quantize(student, quantized, texts["calibration"], choice)
+    name = f"{case}.{text.stem}"
+    quantized, recovered = work / f"{name}.gptq", work / f"{name}.recovered-{tokens}"
+    quantize(student, quantized, text, choice)
     found = recover(
         student,
         quantized,
         recovered,
-        texts["calibration"],
+        text,
         stage,
         texts_of(student, texts, CURVE_TOKENS),
     )
@@ -226,6 +231,7 @@ def main() -> None:
     parser.add_argument("--student", type=Path, required=True, help="SmolLM2-135M, a directory")
     parser.add_argument("--work", type=Path, required=True, help="for texts, weights, checkpoints")
     parser.add_argument("--case", choices=CASES, default="int2")
+    parser.add_argument("--text", choices=["manual", "both"], default="both")
     parser.add_argument("--tokens", nargs="+", type=int, required=True, help="budgets, a run each")
     parser.add_argument("--again", action="store_true", help="measure what is known too")
     default = ROOT / "benchmarks" / "results" / "two_bit.json"
@@ -236,13 +242,16 @@ def main() -> None:
     if not (student / "config.json").exists():
         student.mkdir(exist_ok=True)
         take_off_grid(Student(arguments.student), student)
-    texts = write_texts(arguments.work)
+    text = write_texts(arguments.work)["calibration"]
+    if arguments.text == "both":
+        text = write_two_domains(arguments.work, text)
+    section = f"{arguments.case}, {arguments.text}"
     for tokens in arguments.tokens:
         found = json.loads(arguments.out.read_text("utf-8")) if arguments.out.exists() else {}
-        runs = found.setdefault(arguments.case, {})
+        runs = found.setdefault(section, {})
         if str(tokens) in runs and not arguments.again:
             continue
-        runs[str(tokens)] = measure(arguments.case, tokens, student, arguments.work, texts)
+        runs[str(tokens)] = measure(arguments.case, tokens, student, arguments.work, text)
         found["settings"] = {
             "gptq_tokens": GPTQ_TOKENS,
             "evaluation_tokens_a_text": FINAL_TOKENS,

@@ -98,7 +98,7 @@ class DistillingStage(Stage):
             student: whose tokenizer and chat template write it.
             emphasis: of some text over other.
             file: in the place of ``calibration.file``.
-            behind_tokens: of the text, which lie before what is held out.
+            behind_tokens: of the text, which an earlier stage was calibrated on.
 
         Raises:
             InputError: as :func:`edgedistill.training_text.training_split`.
@@ -109,7 +109,7 @@ class DistillingStage(Stage):
         # Whole sequences, of both parts.
         read = -(-self.tokens // (self.passes * length)) * length
         update = {
-            "tokens": max(read, behind_tokens) + self.held_out_tokens,
+            "tokens": behind_tokens + self.held_out_tokens + read,
             "file": file or self.calibration.file,
         }
         return training_split(

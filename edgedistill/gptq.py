@@ -36,7 +36,8 @@ class GptqSettings:
     """The ingredients; the defaults are the best that ``benchmarks/gptq.py`` measured.
 
     Attributes:
-        damping: added to the Hessian's diagonal, as a share of its mean.
+        damping: added to the Hessian's diagonal, as a share of its mean.  The error of what came
+            before is undone under it as well, and little of it fits one text too closely.
         order: ``given``; ``columns`` by importance, under scales chosen beforehand; ``groups`` by
             their most important column, and by importance within each.
         clipping: the error for which a scale is chosen: ``plain``, each column's weighted by the
@@ -49,7 +50,7 @@ class GptqSettings:
         polish: how often scales are refitted and codes revised after the rounding.
     """
 
-    damping: float = 0.05
+    damping: float = 0.3
     order: Order = "groups"
     clipping: Clipping = "conditional"
     sequential: bool = True

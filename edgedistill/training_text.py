@@ -98,8 +98,9 @@ def training_split(
         chat: the fixed part of every conversation.
         emphasis: of some text over other.
         held_out_tokens: that are held out at most; never more than half of the text.
-        behind_tokens: which lie before what is held out, or as many as the text leaves: an earlier
-            stage may have been calibrated on them.
+        behind_tokens: which an earlier stage was calibrated on: what is held out lies behind them,
+            or as far behind as the text allows, and what is trained on behind that, if anything is
+            left there.
 
     Raises:
         InputError: the file is unreadable or holds too little; it holds no answers where they are
@@ -123,8 +124,10 @@ def training_split(
         )
     start = min(behind_tokens // len(pieces[0].ids), len(pieces) - held_out)
     stop = start + held_out
-    fitting = _text(pieces[:start] + pieces[stop:], emphasis, where)
-    return TrainingSplit(fitting, _text(pieces[start:stop], emphasis, where))
+    fitting = pieces[stop:] or pieces[:start]
+    return TrainingSplit(
+        _text(fitting, emphasis, where), _text(pieces[start:stop], emphasis, where)
+    )
 
 
 def _text(pieces: Sequence[Piece], emphasis: Emphasis, where: str) -> TrainingText:

@@ -131,7 +131,7 @@ class Recover(DistillingStage, Stage):
         """What is trained and measured on.
 
         Text that the quantizing stage was calibrated on, the first ``calibration.tokens`` of it,
-        says nothing of what it lost on others: what is held out lies behind.
+        says nothing of what it lost on others: all that is read here lies behind.
         """
         return self.training_text(student, behind_tokens=self.calibration.tokens)
 
