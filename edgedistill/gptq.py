@@ -28,7 +28,7 @@ Clipping = Literal["plain", "diagonal", "conditional"]
 ROUNDED_FROM_BITS = 8
 
 # How far damping is raised, and in what steps, where a Hessian is not positive definite yet.
-DAMPING_STEP, MOST_DAMPING = 10.0, 1.0
+DAMPING_STEP, MOST_DAMPING = 10.0, 10.0
 
 
 @dataclass(frozen=True)

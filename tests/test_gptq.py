@@ -291,7 +291,8 @@ def test_a_student_is_nearer_in_sequence_and_nearer_still_when_errors_are_undone
     rounding = kl("rtn", lambda dst: QuantizeRtn(**choice.model_dump()).run(source, dst))
 
     def gptq(name: str, **changes: Any) -> float:
-        settings = replace(GptqSettings(compensation=0.0), **changes)
+        # Lightly damped: so many tokens for so few columns fit no text too closely.
+        settings = replace(GptqSettings(damping=0.05, compensation=0.0), **changes)
 
         def run(dst: Path) -> None:
             quantize_student(student, dst, ids, grid_of, settings, label=name)
