@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgedistill.decoder import DecoderFacts, Rope
+from edgedistill.decoder import DecoderFacts
 from edgedistill.errors import InputError
 from edgedistill.gguf_file import GgufFile
 from edgedistill.gguf_layout import ROPE_DIVISORS, row_order, tensor_name
@@ -19,6 +19,7 @@ from edgedistill.gguf_tokenizer import (
     special_id,
 )
 from edgedistill.progress import track
+from edgedistill.rope import Rope
 from edgedistill.student import StudentWriter, write_json
 
 # llama.cpp's architecture -> the class that opens the student in transformers.
