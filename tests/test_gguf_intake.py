@@ -62,7 +62,7 @@ def exported(tiny: Tiny, tmp_path: Path) -> Path:
     return _gguf(tiny("llama"), tmp_path / "exported")
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma3"])
 def test_the_model_that_comes_back_computes_what_went_in(
     tiny: Tiny, tmp_path: Path, family: str
 ) -> None:
@@ -125,11 +125,12 @@ def test_biases_come_back_in_their_order(tmp_path: Path) -> None:
     assert np.array_equal(student.read(name), Student(source).read(name))
 
 
-def test_the_tokenizer_that_comes_back_is_the_same(tiny: Tiny, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_the_tokenizer_that_comes_back_is_the_same(tiny: Tiny, tmp_path: Path, family: str) -> None:
     from transformers import AutoTokenizer
 
-    student = _back(_gguf(tiny("llama"), tmp_path / "out"), tmp_path / "back")
-    original, returned = (AutoTokenizer.from_pretrained(d) for d in (tiny("llama"), student.path))
+    student = _back(_gguf(tiny(family), tmp_path / "out"), tmp_path / "back")
+    original, returned = (AutoTokenizer.from_pretrained(d) for d in (tiny(family), student.path))
     for text in hard_strings(300, seed=3, special=SPECIAL):
         assert returned(text).input_ids == original(text).input_ids
     for name in ("bos_token", "eos_token", "unk_token", "pad_token", "chat_template"):
@@ -146,10 +147,11 @@ def test_the_tokenizer_that_comes_back_is_the_same(tiny: Tiny, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architecture": "gemma3"}, "its architecture is 'gemma3'"),
+        ({"architecture": "gemma4"}, "its architecture is 'gemma4'"),
         ({"general_type": "adapter"}, "of the type 'adapter'"),
         ({"tokenizer_ggml_pre": "tekken"}, r"tokenizer\.ggml\.pre is 'tekken'"),
-        ({"tokenizer_ggml_model": "llama"}, r"tokenizer\.ggml\.model is 'llama'"),
+        ({"tokenizer_ggml_model": "bert"}, r"tokenizer\.ggml\.model is 'bert'"),
+        ({"tokenizer_ggml_model": "llama"}, "puts a space before a text"),
         ({"tokenizer_ggml_merges": ["q zz"]}, "the merge 'q zz'"),
         ({"tokenizer_ggml_tokens": ["a", "a"]}, "has no tokens, or not one type for each"),
         ({"tokenizer_ggml_token_type": [6] * 512}, "of the type 6"),

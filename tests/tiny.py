@@ -136,8 +136,7 @@ def write_student(directory: Path, family: str = "llama", seed: int = 0, **chang
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
-                # Gemma's norms multiply by 1 + w.
-                parameter.uniform_(-0.5, 0.5) if gemma else parameter.uniform_(0.5, 1.5)
+                parameter.uniform_(*(_gemma_norm(name) if gemma else (0.5, 1.5)))
             elif parameter.ndim == 2:
                 parameter.normal_(0.0, 0.35 if "embed" in name or "lm_head" in name else 0.12)
             else:
@@ -149,3 +148,9 @@ def write_student(directory: Path, family: str = "llama", seed: int = 0, **chang
     else:
         write_tokenizer(directory, fields["vocab_size"])
     return directory
+
+
+def _gemma_norm(name: str) -> tuple[float, float]:
+    """Of weights w where 1 + w multiplies; those behind a half let it count beside embeddings."""
+    behind = "post_attention" in name or "post_feedforward" in name
+    return (1.5, 3.5) if behind else (-0.5, 0.5)

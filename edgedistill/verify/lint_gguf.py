@@ -10,7 +10,7 @@ import numpy as np
 from edgedistill.errors import InputError
 from edgedistill.gguf_blocks import F16, F32, Q2_0, Q4_0, Q4_1, Q8_0
 from edgedistill.gguf_file import GgufFile, gguf_package
-from edgedistill.gguf_layout import BLOCK_NAMES, OUTER_NAMES, ROPE_DIVISORS
+from edgedistill.gguf_layout import OUTER_NAMES, ROPE_DIVISORS, block_names
 from edgedistill.gguf_tokenizer import adds_bos, special_id
 from edgedistill.verify.stated import Stated, describe
 
@@ -61,7 +61,10 @@ def read_gguf(path: Path) -> Stated:
         bos_id=special_id(metadata, "bos"),
         adds_bos=_adds_bos(metadata, str(path)),
         end_ids=frozenset(i for i in ends if i is not None),
-        storage={checkpoint_name(n): storage_name(t.type_id) for n, t in file.tensors.items()},
+        storage={
+            checkpoint_name(n, architecture): storage_name(t.type_id)
+            for n, t in file.tensors.items()
+        },
         tokens=len(tokens) if isinstance(tokens, list) else 0,
         chat_template=template if isinstance(template, str) else None,
         architecture=architecture,
@@ -69,14 +72,14 @@ def read_gguf(path: Path) -> Stated:
     )
 
 
-def checkpoint_name(name: str) -> str:
+def checkpoint_name(name: str, architecture: str) -> str:
     """``blk.3.attn_q.weight`` -> ``model.layers.3.self_attn.q_proj.weight``; others as they are."""
     stem, _, kind = name.rpartition(".")
     outer = {there: here for here, there in OUTER_NAMES.items()}
     if stem in outer:
         return f"{outer[stem]}.{kind}"
     parts = stem.split(".", 2)
-    inner = {there: here for here, there in BLOCK_NAMES.items()}
+    inner = {there: here for here, there in block_names(architecture).items()}
     if len(parts) == 3 and parts[0] == "blk" and parts[2] in inner:
         return f"model.layers.{parts[1]}.{inner[parts[2]]}.{kind}"
     return name
