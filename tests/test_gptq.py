@@ -246,7 +246,7 @@ def text(tmp_path: Path) -> Path:
     path = tmp_path / "text.txt"
     draw = np.random.default_rng(0)
     words = " ".join(CORPUS).split()
-    path.write_text(" ".join(draw.choice(words, 6000)), encoding="utf-8")
+    path.write_text(" ".join(draw.choice(words, 9000)), encoding="utf-8")
     return path
 
 

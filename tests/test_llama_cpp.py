@@ -72,7 +72,7 @@ def test_logits_are_those_of_transformers_in_float32(
 @pytest.mark.parametrize(
     "changes",
     [
-        {"sliding_window": None, "layer_types": ["full_attention"] * 3},
+        {"layer_types": ["full_attention"] * 3},
         {"layer_types": ["full_attention", "sliding_attention", "sliding_attention"]},
         {
             "rope_parameters": {
