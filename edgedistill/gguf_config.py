@@ -9,7 +9,7 @@ import numpy as np
 from edgedistill.decoder import SLIDING_PATTERN
 from edgedistill.errors import InputError
 from edgedistill.gguf_file import GgufFile
-from edgedistill.gguf_layout import ROPE_DIVISORS
+from edgedistill.gguf_layout import GEMMA3_27B_LAYERS, ROPE_DIVISORS
 from edgedistill.gguf_tokenizer import special_id
 from edgedistill.rope import Rope
 
@@ -36,8 +36,6 @@ MODELS: dict[str, dict[str, Any]] = {
         "hidden_activation": "gelu_pytorch_tanh",
     },
 }
-# By which llama.cpp knows the one whose attention is scaled in another way.
-GEMMA3_27B_LAYERS = 62
 # The bands of Llama 3.1 and 3.2 (their config.json); a GGUF keeps only the divisors they give.
 LLAMA3_BANDS = {
     "low_freq_factor": 1.0,

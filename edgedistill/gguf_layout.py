@@ -18,6 +18,8 @@ ARCHITECTURES = {
     "qwen3": "qwen3",
     "gemma3_text": "gemma3",
 }
+# By which llama.cpp knows the Gemma 3 whose attention is scaled in another way.
+GEMMA3_27B_LAYERS = 62
 OUTER_NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",

@@ -46,15 +46,21 @@ FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
         "query_pre_attn_scalar": 32,
         "hidden_activation": "gelu_pytorch_tanh",
         "sliding_window": 16,
-        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "sliding_window_pattern": 2,  # every second layer attends to all
         "rope_parameters": {
             "full_attention": {"rope_type": "default", "rope_theta": 10000.0},
             "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
         },
     },
 }
-# Of whom every stage knows all, but not every format.
+# Those that every format holds; Gemma 3 is refused by name outside GGUF.
 PLAIN_FAMILIES = [family for family in FAMILY_CONFIGS if family != "gemma3"]
+EXPORTS = [
+    (family, name)
+    for family in FAMILY_CONFIGS
+    for name in ("gguf", "onnx", "coreml")
+    if name == "gguf" or family in PLAIN_FAMILIES
+]
 
 
 def write_tokenizer(directory: Path, vocab_size: int = 512) -> None:

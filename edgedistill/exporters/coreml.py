@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import edgedistill
+from edgedistill.decoder import DecoderFacts
 from edgedistill.errors import InputError
 from edgedistill.exporter import Exporter
+from edgedistill.plain_blocks import plain_block_problems
 from edgedistill.quantized import Grid
 from edgedistill.student import Student, copy_side_files, write_json
 
@@ -37,6 +39,10 @@ class Coreml(Exporter):
         """Every grid of 2, 4 and 8 bits, with fixed and with integer zeros."""
         return grid.bits in (2, 4, 8)
 
+    def problems(self, facts: DecoderFacts) -> list[str]:
+        """Whatever its blocks have beyond plain ones: the graph has no nodes for it yet."""
+        return plain_block_problems(facts, "Core ML")
+
     def stored_bytes(self, shape: tuple[int, ...], grid: Grid | None) -> int:
         """Codes, float16 scales, zeros as wide as codes; float16 of all else."""
         weights = math.prod(shape)
@@ -55,6 +61,7 @@ class Coreml(Exporter):
                 student's.
             UnavailableError: coremltools is not installed.
         """
+        self.refuse_misfit(student)
         longest = student.facts.max_context_tokens
         if not 1 <= context_tokens <= longest:
             raise InputError(

@@ -21,6 +21,7 @@ from edgedistill.gguf_blocks import F16, F32, LAYOUTS, BlockLayout, pack_blocks
 from edgedistill.gguf_file import GgufFile, gguf_package
 from edgedistill.gguf_layout import (
     ARCHITECTURES,
+    GEMMA3_27B_LAYERS,
     ROPE_DIVISORS,
     norm_offset,
     row_order,
@@ -50,6 +51,22 @@ class Gguf(Exporter):
         """8 and 4 bits in groups of 32, 2 bits in groups of 64; integer zeros at 4 bits alone."""
         return grid in LAYOUTS
 
+    def problems(self, facts: DecoderFacts) -> list[str]:
+        """What llama.cpp's architecture of Gemma 3 takes for granted (src/models/gemma3.cpp)."""
+        if ARCHITECTURES[facts.family] != "gemma3":
+            return []
+        width = facts.head_dim
+        if facts.layers == GEMMA3_27B_LAYERS:
+            width = facts.hidden_size // facts.heads
+        found = []
+        if not math.isclose(facts.attention_scale or 0.0, width**-0.5, rel_tol=1e-6):
+            found.append(f"query_pre_attn_scalar: llama.cpp takes {width} for it")
+        if facts.sliding_rope is not None and facts.sliding_rope.scaling is not None:
+            found.append("a RoPE scaling of the sliding layers, which llama.cpp has not")
+        if facts.rope.scaling is not None and facts.rope.scaling["rope_type"] != "linear":
+            found.append(f"the RoPE scaling {facts.rope.scaling['rope_type']} of {facts.family}")
+        return [f"{problem}: GGUF cannot carry that" for problem in found]
+
     def stored_bytes(self, shape: tuple[int, ...], grid: Grid | None) -> int:
         """Whole blocks; F16 of a matrix without a grid, F32 of a vector."""
         layout = LAYOUTS[grid] if grid else F16 if len(shape) == 2 else F32
@@ -57,6 +74,7 @@ class Gguf(Exporter):
 
     def export(self, student: Student, dst: Path, *, context_tokens: int) -> None:
         """Write ``model.gguf``; tied embeddings are stored once, llama.cpp ties them by itself."""
+        self.refuse_misfit(student)
         facts = student.facts
         if context_tokens > facts.max_context_tokens:
             raise InputError(

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from edgedistill.decoder import MOST_LAYERS, SLIDING_PATTERN
 from edgedistill.errors import InputError
 from edgedistill.gguf_blocks import F16, F32, Q2_0, Q4_0, Q4_1, Q8_0
 from edgedistill.gguf_file import GgufFile, gguf_package
@@ -58,6 +59,7 @@ def read_gguf(path: Path) -> Stated:
         rope_theta=10000.0 if theta is None else theta,
         rope_divisors=_divisors(file, architecture, counts.get("head_dim")),
         rope_tolerance=1e-5,
+        **_sliding(metadata, architecture, counts.get("layers", 0)),
         bos_id=special_id(metadata, "bos"),
         adds_bos=_adds_bos(metadata, str(path)),
         end_ids=frozenset(i for i in ends if i is not None),
@@ -70,6 +72,23 @@ def read_gguf(path: Path) -> Stated:
         architecture=architecture,
         metadata={n: str(metadata[k]) for n, k in METADATA.items() if k in metadata},
     )
+
+
+def _sliding(metadata: dict[str, Any], architecture: str, layers: int) -> dict[str, Any]:
+    """What is said of sliding windows; where it is not, what llama.cpp takes for Gemma 3."""
+    window = _whole(metadata, f"{architecture}.attention.sliding_window")
+    if architecture != "gemma3" or not window:
+        return {}
+    pattern = metadata.get(f"{architecture}.attention.sliding_window_pattern", SLIDING_PATTERN)
+    if not isinstance(pattern, list):
+        every = pattern if isinstance(pattern, int) and pattern > 0 else SLIDING_PATTERN
+        pattern = [(layer + 1) % every != 0 for layer in range(min(layers, MOST_LAYERS))]
+    theta = _number(metadata, f"{architecture}.rope.freq_base_swa")
+    return {
+        "window_tokens": window,
+        "sliding_layers": tuple(bool(slides) for slides in pattern),
+        "sliding_rope_theta": 10000.0 if theta is None else theta,
+    }
 
 
 def checkpoint_name(name: str, architecture: str) -> str:
