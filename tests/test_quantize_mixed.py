@@ -86,11 +86,14 @@ def test_bits_differ_and_the_document_says_what_was_done(mixed: Path) -> None:
 
 
 @pytest.mark.slow
-def test_predicted_losses_are_those_that_transformers_measures(tiny: Tiny, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["qwen3", "gemma3"])
+def test_predicted_losses_are_those_that_transformers_measures(
+    tiny: Tiny, tmp_path: Path, family: str
+) -> None:
     """One matrix at a time is put into the float student as it was quantized."""
     from transformers import AutoModelForCausalLM
 
-    student = Student(tiny("qwen3"))
+    student = Student(tiny(family))
     facts = student.facts
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(3, facts.vocab_size, (40, 48), generator=draw)

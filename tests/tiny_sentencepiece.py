@@ -14,7 +14,7 @@ def write_sentencepiece(directory: Path, corpus: list[str], vocab_size: int) -> 
 
     As in SentencePiece every way to cut a piece in two pieces makes it, and its rank alone counts.
     """
-    from tokenizers import Tokenizer, decoders, models, normalizers
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
     first = [*SPECIAL, *USER_DEFINED, *(f"<0x{byte:02X}>" for byte in range(256))]
     pieces = _pieces(corpus, vocab_size - len(first))
@@ -35,7 +35,7 @@ def write_sentencepiece(directory: Path, corpus: list[str], vocab_size: int) -> 
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     )
     tokenizer.add_special_tokens([t for t in tokens if t in SPECIAL or t.startswith("<|unused")])
-    tokenizer.add_tokens(list(USER_DEFINED))
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in USER_DEFINED])
     tokenizer.save(str(directory / "tokenizer.json"))
 
 
