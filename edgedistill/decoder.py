@@ -277,7 +277,8 @@ def _attention(family: _Family, config: dict[str, Any], layers: int, where: str)
     found["attention_scale"] = positive(config, "query_pre_attn_scalar") ** -0.5
     if any(slides):
         found |= {"sliding_layers": tuple(slides), "sliding_rope": sliding}
-        found["window_tokens"] = _size(config, "sliding_window")
+        window = {"sliding_window": config.get("sliding_window") or 0}
+        found["window_tokens"] = _size(window, "sliding_window")
     return found
 
 

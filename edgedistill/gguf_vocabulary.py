@@ -61,17 +61,18 @@ def read_vocabulary(student: Student) -> GgufVocabulary:
     fallback = has_byte_fallback(tokenizer)
     pre = "default" if fallback else pre_tokenizer_of(tokenizer, where).names[0]
     tokens, types = _tokens_and_types(tokenizer, student.facts.vocab_size, where)
+    pairs = [_merge_pair(merge, where) for merge in tokenizer["model"]["merges"]]
+    scores = score_tokens(tokenizer, tokens, pairs, where) if fallback else None
     config = read_json(student.path / "tokenizer_config.json")
     ids = _special_ids(student, config, tokens)
     adds = {role: _adds(student, role, ids.get(role)) for role in ("bos", "eos")}
-    pairs = [_merge_pair(merge, where) for merge in tokenizer["model"]["merges"]]
     return GgufVocabulary(
         model=SENTENCEPIECE if fallback else BYTE_LEVEL,
         pre=pre,
         tokens=tokens,
         types=types,
         merges=[] if fallback else [_merge_line(pair, where) for pair in pairs],
-        scores=score_tokens(tokenizer, tokens, pairs, where) if fallback else None,
+        scores=scores,
         ids=ids,
         adds_bos=adds["bos"],
         adds_eos=adds["eos"],

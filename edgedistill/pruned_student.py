@@ -33,7 +33,7 @@ def drop_layers(student: Student, dst: Path, dropped: tuple[int, ...]) -> None:
     numbers = {layer: number for number, layer in enumerate(kept)}
     config = {key: _kept_entries(key, v, layers, kept) for key, v in student.config.items()}
     config["num_hidden_layers"] = len(kept)
-    if student.facts.sliding_layers and "layer_types" not in config:
+    if student.facts.sliding_layers and not config.get("layer_types"):
         # A pattern that is stated as a number would be counted anew.
         kinds = ("full_attention", "sliding_attention")
         config["layer_types"] = [kinds[student.facts.sliding_layers[layer]] for layer in kept]
