@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from edgedistill.runtimes.llama_cpp import LlamaCpp
 from edgedistill.student import Student, read_json, write_json
 from tests.artifact_tensors import rewrite_gguf
 from tests.hard_text import hard_strings
+from tests.tiny import CORPUS
 
 Tiny = Callable[[str], Path]
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<b>", "▁", "▁▁", "<0x41>", " " * 5, "\n" * 5)
@@ -32,6 +34,13 @@ def _export(student: Path, dst: Path) -> Path:
     dst.mkdir()
     Gguf().export(Student(student), dst, context_tokens=64)
     return dst
+
+
+def _pieces_of_corpus(count: int) -> list[str]:
+    """Text whose characters are merged: the tokenizer was trained on it."""
+    source, text = random.Random(2), " ".join(CORPUS)
+    starts = [source.randrange(len(text)) for _ in range(count)]
+    return [text[start : start + source.randint(1, 60)] for start in starts]
 
 
 def _edit(student: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
@@ -61,9 +70,9 @@ def test_llama_cpp_gives_the_ids_of_the_students_tokenizer(
         _edit(copied, _spell_spaces)
     judge = Tokenizer.from_file(str(copied / "tokenizer.json"))
     # What is found in the text as U+2581 twice is not what two spaces became.
-    special = tuple(s for s in SPECIAL if not (spelled and s == "▁▁"))
+    special = tuple(s for s in SPECIAL if not (spelled and "▁" in s))
     with LlamaCpp().open(_export(copied, tmp_path / "a"), context_tokens=64, threads=1) as session:
-        for text in hard_strings(2000, seed=11, special=special):
+        for text in (*hard_strings(2000, seed=11, special=special), *_pieces_of_corpus(500)):
             ids = judge.encode(text, add_special_tokens=False).ids
             assert session.tokenize(text) == ids, text
 
@@ -77,9 +86,9 @@ def test_scores_that_are_not_the_ranks_cut_otherwise(copied: Path, tmp_path: Pat
 
     judge = Tokenizer.from_file(str(copied / "tokenizer.json"))
     with LlamaCpp().open(artifact, context_tokens=64, threads=1) as session:
-        texts = list(hard_strings(200, seed=11))
+        texts = _pieces_of_corpus(200)
         same = [session.tokenize(t) == judge.encode(t, add_special_tokens=False).ids for t in texts]
-    assert sum(same) < 150
+    assert sum(same) < 100
 
 
 def test_what_comes_back_and_goes_out_again_is_the_same_vocabulary(
