@@ -88,7 +88,7 @@ def test_scores_that_are_not_the_ranks_cut_otherwise(copied: Path, tmp_path: Pat
     with LlamaCpp().open(artifact, context_tokens=64, threads=1) as session:
         texts = _pieces_of_corpus(200)
         same = [session.tokenize(t) == judge.encode(t, add_special_tokens=False).ids for t in texts]
-    assert sum(same) < 100
+    assert sum(same) < 190
 
 
 def test_what_comes_back_and_goes_out_again_is_the_same_vocabulary(
