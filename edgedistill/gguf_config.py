@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from edgedistill.decoder import SLIDING_PATTERN
+from edgedistill.decoder import MOST_LAYERS, SLIDING_PATTERN
 from edgedistill.errors import InputError
 from edgedistill.gguf_file import GgufFile
 from edgedistill.gguf_layout import GEMMA3_27B_LAYERS, ROPE_DIVISORS
@@ -150,6 +150,8 @@ def _rope_parameters(stated: _Stated) -> dict[str, Any]:
 def _gemma3_fields(stated: _Stated) -> dict[str, Any]:
     """What the metadata of Gemma 3 say, and what llama.cpp's src/models/gemma3.cpp says itself."""
     layers, heads = stated.count("block_count"), stated.count("attention.head_count")
+    if layers > MOST_LAYERS:  # before as many are listed
+        raise InputError(f"gemma3.block_count is {layers}", where=stated.where)
     wide = stated.count("embedding_length") // heads
     # The one of 27B scales its attention in another way.
     scalar = wide if layers == GEMMA3_27B_LAYERS else stated.count("attention.key_length", wide)
@@ -174,7 +176,7 @@ def _sliding_layers(stated: _Stated, layers: int) -> list[bool]:
     """Of each layer whether it attends to a window; by default all but every sixth."""
     pattern = stated.value("attention.sliding_window_pattern")
     if isinstance(pattern, list):
-        if len(pattern) != layers or not set(pattern) <= {False, True}:
+        if len(pattern) != layers or not all(isinstance(slides, int) for slides in pattern):
             raise InputError(
                 f"its sliding_window_pattern is not one of {layers} layers", where=stated.where
             )

@@ -10,7 +10,7 @@ from SentencePiece writes them.  Source: llama.cpp's src/llama-vocab.cpp,
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 SPACE = "▁"  # U+2581, in the place of a space
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
+# Of a token, beyond any that was trained; ways to cut it are tried one by one.
+MOST_CHARACTERS = 4096
 _BYTES = frozenset(f"<0x{byte:02X}>" for byte in range(256))
 _NORMALIZER = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 
@@ -49,10 +51,7 @@ def score_tokens(
     """
     _refuse_other_text(tokenizer, where)
     vocab: dict[str, int] = tokenizer["model"]["vocab"]
-    if not vocab.keys() >= _BYTES:
-        raise InputError(
-            f"lacks {len(_BYTES - vocab.keys())} of the 256 tokens of bytes", where=where
-        )
+    refuse_pieces(vocab, where)
     added = {str(entry["content"]) for entry in tokenizer.get("added_tokens") or []}
     parts = {token: i for token, i in vocab.items() if token not in added}
     ranks: dict[str, int] = {}
@@ -104,6 +103,24 @@ def sentencepiece_tokenizer(
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     )
     return tokenizer
+
+
+def refuse_pieces(tokens: Iterable[str], where: str) -> None:
+    """Refuse a vocabulary of which some text could not be cut, or not in any time.
+
+    Args:
+        tokens: all of them.
+        where: the path of their file.
+
+    Raises:
+        InputError: a byte has no token, or a token is beyond any length.
+    """
+    missing = len(_BYTES.difference(tokens))
+    if missing:
+        raise InputError(f"lacks {missing} of the 256 tokens of bytes", where=where)
+    longest = max(map(len, tokens))
+    if longest > MOST_CHARACTERS:
+        raise InputError(f"has a token of {longest} characters", where=where)
 
 
 def _cuts(token: str, parts: dict[str, int]) -> Iterator[Pair]:

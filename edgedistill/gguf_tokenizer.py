@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from edgedistill.errors import InputError
 from edgedistill.gguf_pretokenizers import PreTokenizer, pre_tokenizer_named
-from edgedistill.gguf_sentencepiece import merge_pairs, sentencepiece_tokenizer
+from edgedistill.gguf_sentencepiece import merge_pairs, refuse_pieces, sentencepiece_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -60,8 +61,9 @@ def _with_byte_fallback(
     scores = metadata.get("tokenizer.ggml.scores")
     if not isinstance(scores, list) or len(scores) != len(tokens):
         raise InputError("has no tokenizer.ggml.scores, or not one for each token", where=where)
-    if types.count(BYTE) != 256:
-        raise InputError(f"has {types.count(BYTE)} tokens of bytes, not 256", where=where)
+    if not all(isinstance(score, int | float) and math.isfinite(score) for score in scores):
+        raise InputError("has scores of tokens that are no numbers", where=where)
+    refuse_pieces(tokens, where)
     # llama.cpp finds special tokens in the text; all others it merges, whatever their type.
     made = [kind not in (CONTROL, UNKNOWN, USER_DEFINED) for kind in types]
     unknown = special_id(metadata, "unknown")

@@ -198,7 +198,8 @@ def test_a_split_at_spaces_that_are_gone_is_nothing(copied: Path) -> None:
         ({"tokenizer.ggml.add_space_prefix": True}, "puts a space before a text"),
         ({"tokenizer.ggml.add_space_prefix": None}, "puts a space before a text"),
         ({"tokenizer.ggml.scores": None}, r"has no tokenizer\.ggml\.scores"),
-        ({"tokenizer.ggml.token_type": [1] * 512}, "has 0 tokens of bytes"),
+        ({"tokenizer.ggml.scores": [float("nan")] * 512}, "scores of tokens that are no numbers"),
+        ({"tokenizer.ggml.tokens": [f"t{i}" for i in range(512)]}, "lacks 256 of the 256 tokens"),
     ],
 )
 def test_a_file_that_says_too_little_is_refused(

@@ -45,7 +45,7 @@ def _pieces(corpus: list[str], count: int) -> list[str]:
 
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
-    trainer = trainers.BpeTrainer(vocab_size=count, show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=count, limit_alphabet=count // 2, show_progress=False)
     trained.train_from_iterator(corpus, trainer)
     ranked = sorted(trained.get_vocab().items(), key=lambda entry: entry[1])
     tokens = [token for token, _ in ranked if "\n" not in token]
