@@ -208,8 +208,8 @@ def by_llama_cpp(file: Path) -> Predict:
 
     def predict(ids: Ids) -> LogProbabilities:
         session.reset()
-        logits = np.concatenate(list(session.stream_logits(ids.tolist())))
-        return log_softmax(torch.from_numpy(logits))
+        chunks = session.stream_logits(ids.tolist())
+        return np.concatenate([log_softmax(torch.from_numpy(chunk)) for chunk in chunks])
 
     return predict
 
