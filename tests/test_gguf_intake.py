@@ -15,6 +15,7 @@ from edgedistill.gguf_file import GgufFile
 from edgedistill.gguf_intake import convert_gguf, read_gguf_facts
 from edgedistill.runtimes.llama_cpp import LlamaCpp
 from edgedistill.student import Student, read_json, write_json
+from tests.artifact_tensors import rewrite_gguf
 from tests.hard_text import hard_strings
 from tests.tiny import FAMILY_CONFIGS
 
@@ -81,6 +82,68 @@ def test_the_model_that_comes_back_computes_what_went_in(
         assert torch.equal(original(ids).logits, returned(ids).logits)
     assert read_gguf_facts(tmp_path / "out" / "model.gguf") == student.facts
     assert student.facts.max_context_tokens == 128
+
+
+PATTERN, SLIDING_BASE = "gemma3.attention.sliding_window_pattern", "gemma3.rope.freq_base_swa"
+
+
+@pytest.mark.parametrize(
+    ("without", "slides", "theta"),
+    [
+        # What llama.cpp takes where the file does not say.
+        ((PATTERN, SLIDING_BASE), [True, True, True], 10000.0),
+        (("gemma3.attention.sliding_window",), [], None),
+    ],
+)
+def test_how_the_layers_of_gemma_attend_is_read_as_llama_cpp_reads_it(
+    tiny: Tiny,
+    tmp_path: Path,
+    without: tuple[str, ...],
+    slides: list[bool],
+    theta: float | None,
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    file = _gguf(tiny("gemma3"), tmp_path / "out")
+    rewrite_gguf(file.parent, dict.fromkeys(without))
+    student = _back(file, tmp_path / "back")
+    facts = student.facts
+    assert list(facts.sliding_layers) == slides
+    assert (facts.sliding_rope.theta if facts.sliding_rope else None) == theta
+    model = AutoModelForCausalLM.from_pretrained(student.path, dtype=torch.float32)
+    ids = list(range(100, 200))
+    with LlamaCpp().open(file, context_tokens=128, threads=1) as session, torch.no_grad():
+        found = np.concatenate(list(session.stream_logits(ids)))
+        expected = model(torch.tensor([ids])).logits[0].numpy()
+    assert np.abs(expected - found).max() < 0.2
+    assert expected.std() > 1
+
+
+def test_a_pattern_that_is_a_number_says_which_layers_attend_to_all(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    file = _gguf(tiny("gemma3"), tmp_path / "out")
+    rewrite_gguf(file.parent, {}, added={PATTERN: 3})
+    assert read_gguf_facts(file).sliding_layers == (True, True, False)
+
+
+@pytest.mark.parametrize(
+    ("added", "message"),
+    [
+        ({"gemma3.final_logit_softcapping": 30.0}, "final_logit_softcapping 30"),
+        ({PATTERN: [True, False]}, "sliding_window_pattern is not one of 3 layers"),
+        ({"gemma3.block_count": 1 << 30}, "block_count is 1073741824"),
+        ({"gemma3.rope.scaling.type": "yarn"}, "yarn"),
+    ],
+)
+def test_a_gemma_that_computes_something_else_is_refused(
+    tiny: Tiny, tmp_path: Path, added: dict[str, Any], message: str
+) -> None:
+    file = _gguf(tiny("gemma3"), tmp_path / "out")
+    rewrite_gguf(file.parent, {}, added=added)
+    with pytest.raises(InputError, match=message):
+        _back(file, tmp_path / "back")
 
 
 def test_llama_3s_scaling_of_the_positions_is_found_again(tmp_path: Path) -> None:
