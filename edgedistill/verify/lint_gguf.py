@@ -78,7 +78,7 @@ def _sliding(metadata: dict[str, Any], architecture: str, layers: int) -> dict[s
     """What is said of sliding windows; where it is not, what llama.cpp takes for Gemma 3."""
     window = _whole(metadata, f"{architecture}.attention.sliding_window")
     if architecture != "gemma3" or not window:
-        return {}
+        return {"sliding_layers": ()}
     pattern = metadata.get(f"{architecture}.attention.sliding_window_pattern", SLIDING_PATTERN)
     if not isinstance(pattern, list):
         every = pattern if isinstance(pattern, int) and pattern > 0 else SLIDING_PATTERN

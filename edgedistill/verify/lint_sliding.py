@@ -11,17 +11,19 @@ from edgedistill.verify.stated import Stated
 def sliding_checks(stated: Stated, config: Any) -> list[Check]:
     """The checks of a decoder some of whose layers attend to a window; none for others.
 
+    Nor are there any where the format is not read for that.
+
     Args:
         stated: what the artifact says.
         config: of ``transformers``.
     """
     kinds = list(getattr(config, "layer_types", None) or [])
     slides = tuple(kind == "sliding_attention" for kind in kinds)
-    if not any(slides) and stated.window_tokens is None:
+    if stated.sliding_layers is None or not (any(slides) or any(stated.sliding_layers)):
         return []
     expected = int(config.sliding_window) if any(slides) else None
     found = [_same("sliding window", expected, stated.window_tokens)]
-    found.append(_same("sliding layers", _layers(slides), _layers(stated.sliding_layers or ())))
+    found.append(_same("sliding layers", _layers(slides), _layers(stated.sliding_layers)))
     if any(slides):
         theta = float(config.rope_parameters["sliding_attention"]["rope_theta"])
         stated_theta = stated.sliding_rope_theta

@@ -25,7 +25,8 @@ class Stated:
         tied_embeddings: whether the head reads the embedding's own bytes.
         norm_epsilons: of the norms, all that occur.
         window_tokens: that sliding layers attend to; None where no layer slides.
-        sliding_layers: of each layer whether it slides; None where no layer does.
+        sliding_layers: of each layer whether it slides, empty where none does; None where the
+            format is not read for that.
         sliding_rope_theta: base of the rotary frequencies of those that do.
         norm_tolerance: largest relative error of them that the format's own rounding makes.
         rope_theta: base of the rotary frequencies.
