@@ -18,9 +18,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from off_grid import take_off_grid
+from torch.nn import functional
 
 from edgedistill.calibration import Calibration, Ids, calibration_ids
 from edgedistill.chat import Chat
+from edgedistill.errors import UsageError
 from edgedistill.runtimes.torch_reference import load_model
 from edgedistill.student import Student
 
@@ -29,6 +31,7 @@ SUITE = ROOT / "recipes" / "data" / "sentiment" / "suite.jsonl"
 TRAIN = ROOT / "recipes" / "data" / "sentiment" / "train.jsonl"
 SEQUENCE_TOKENS = 512
 PASSAGE_CHARACTERS = 1600
+POSITIONS = 32
 TEXTS = ("manual", "reviews")
 
 LogProbabilities = npt.NDArray[np.float32]
@@ -36,11 +39,19 @@ Predict = Callable[[Ids], LogProbabilities]
 
 
 def off_grid_student(student: Path, work: Path) -> Path:
-    """The student off its grid, in ``work``; made where it is not there yet."""
+    """The student off its grid, in ``work``; made where it is not there yet.
+
+    Raises:
+        UsageError: that in ``work`` is another student's.
+    """
     moved = work / "off-grid"
     if not (moved / "config.json").exists():
         moved.mkdir(exist_ok=True)
         take_off_grid(Student(student), moved)
+    if Student(moved).config != Student(student).config:
+        raise UsageError(
+            "holds another student", where=str(moved), hint="give each student a --work of its own"
+        )
     return moved
 
 
@@ -94,12 +105,15 @@ def write_two_domains(work: Path, manual: Path) -> Path:
 
 
 class Judge:
-    """The float student's log-probabilities on the evaluation texts, kept in files.
+    """The float student's log-probabilities on the evaluation texts, made anew from kept states.
+
+    Log-probabilities of all tokens are 10 GB a text where the vocabulary has 262,144; what the
+    head reads is a few MB, and the head is run again, a sequence at a time.
 
     Args:
         student: float.
         texts: file by name, as :func:`write_texts` gives them.
-        work: where the files are kept: tokens x vocabulary x 4 bytes for each text.
+        work: where the states are kept: tokens x hidden x 4 bytes for each text.
         tokens: of each text.
     """
 
@@ -110,19 +124,22 @@ class Judge:
 
         self.ids = {name: ids(name) for name in TEXTS}
         self._files = {
-            name: work / f"{name}.{student.name}.{_digest(found)}.logits"
+            name: work / f"{name}.{student.name}.{_digest(found)}.states"
             for name, found in self.ids.items()
         }
         if not all(file.exists() for file in self._files.values()):
             self._run(student)
+        opened = Student(student)
+        self._head = torch.from_numpy(opened.read(opened.facts.head))
 
     def _run(self, student: Path) -> None:
-        predict = by_transformers(student)
+        model: Any = load_model(student, threads=torch.get_num_threads())
         for name, file in self._files.items():
             written = file.with_suffix(".part")
-            with written.open("wb") as out:
+            with written.open("wb") as out, torch.inference_mode():
                 for ids in self.ids[name]:
-                    out.write(predict(ids).tobytes())
+                    states = model.model(torch.from_numpy(ids)[None]).last_hidden_state
+                    out.write(states[0].numpy().tobytes())
             written.rename(file)
 
     def judge(self, predict: Predict) -> dict[str, dict[str, float]]:
@@ -135,11 +152,15 @@ class Judge:
 
     def _distances(self, name: str, predict: Predict) -> dict[str, float]:
         shape = len(self.ids[name]), SEQUENCE_TOKENS, -1
-        judged = np.memmap(self._files[name], dtype=np.float32, mode="r").reshape(shape)
+        judged = np.fromfile(self._files[name], dtype=np.float32).reshape(shape)
         kl, same, losses, own_losses = [], [], [], []
-        for ids, p in zip(self.ids[name], judged, strict=True):
+        for ids, states in zip(self.ids[name], judged, strict=True):
+            p = log_softmax(functional.linear(torch.from_numpy(states), self._head))
             q = predict(ids)
-            kl.append((np.exp(p) * (p - q)).sum(axis=1, dtype=np.float64))
+            kl += [
+                (np.exp(a) * (a - b)).sum(axis=1, dtype=np.float64)
+                for a, b in zip(_parts(p), _parts(q), strict=True)
+            ]
             same.append(p.argmax(axis=1) == q.argmax(axis=1))
             said = np.arange(len(ids) - 1), ids[1:]
             losses.append(-q[said])
@@ -170,6 +191,11 @@ def log_softmax(logits: torch.Tensor) -> LogProbabilities:
     """[tokens, vocab] -> the same, float32."""
     found: LogProbabilities = torch.log_softmax(logits, dim=-1).numpy()
     return found
+
+
+def _parts(rows: LogProbabilities) -> list[LogProbabilities]:
+    """A few rows at a time: what is computed between them is as large again."""
+    return np.split(rows, range(POSITIONS, len(rows), POSITIONS))
 
 
 def _digest(sequences: list[Ids]) -> str:

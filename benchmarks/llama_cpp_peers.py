@@ -3,12 +3,14 @@
     python benchmarks/llama_cpp_peers.py --student DIR --work DIR
     python benchmarks/llama_cpp_peers.py --student DIR --work DIR --only IQ4_XS int4
     python benchmarks/llama_cpp_peers.py --student DIR --work DIR --text both --tokens 65536
+    python benchmarks/llama_cpp_peers.py --student DIR --work DIR --name gemma-3-270m
 
-The student is SmolLM2-135M off its grid; all are calibrated on the same ids, of the Python manual
-or of the manual and reviews in equal parts.  Every file is judged by what llama.cpp computes with
-it (which rounds activations to 8 bits) against the float student by ``transformers``, on the rest
-of the manual and on reviews.  Results are kept one by one, and what is known is not measured again;
-compressed students stay in ``--work`` until they are judged.
+The student, SmolLM2-135M or the one that ``--name`` labels in the results, is taken off its grid
+(``benchmarks/off_grid.py`` says where Gemma comes from); all are calibrated on the same ids, of the
+Python manual or of the manual and reviews in equal parts.  Every file is judged by what llama.cpp
+computes with it (which rounds activations to 8 bits) against the float student by
+``transformers``, on the rest of the manual and on reviews.  Results are kept one by one, and what
+is known is not measured again; compressed students stay in ``--work`` until they are judged.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ from llama_cpp_quantizer import importance_matrix, quantize, weights_by_type
 
 from edgedistill.calibration import Calibration, Ids, calibration_ids
 from edgedistill.chat import Chat
+from edgedistill.errors import UsageError
 from edgedistill.exporters.gguf import WEIGHTS_FILE, Gguf
+from edgedistill.gguf_file import GgufFile
 from edgedistill.memory import peak_rss_bytes
 from edgedistill.plugins import load_plugin
 from edgedistill.runtimes.llama_cpp import LlamaCpp
@@ -52,6 +56,8 @@ Steps = list[dict[str, dict[str, Any]]]
 
 # Peers, by llama.cpp's names; all with the importance matrix.
 PEERS = ("Q4_0", "IQ4_XS", "Q4_K_M")
+# Whose bytes a mixture is to take.
+MIXED = {"mixed-iq4xs": "IQ4_XS", "mixed-q4km": "Q4_K_M"}
 # Ours, as a recipe's rung states them; the calibration is the script's.
 OURS: dict[str, Steps] = {
     "int8": [{"quantize_rtn": {"bits": 8}}],
@@ -64,7 +70,7 @@ OURS: dict[str, Steps] = {
         {"quantize_gptq": {"bits": 4, "zero": "fixed", "embeddings": {"bits": 4}}}
     ],
     "int4-integer-embeddings4": [{"quantize_gptq": {"bits": 4, "embeddings": {"bits": 4}}}],
-    # Tensors alone; some 1.8 MB of tokenizer come on top.
+    # Tensors alone; some 1.8 MB of tokenizer come on top.  Of another student: as many as the peer.
     "mixed-iq4xs": [{"quantize_mixed": {"size_mb": 89.0, "formats": ["gguf"]}}],
     "mixed-q4km": [{"quantize_mixed": {"size_mb": 103.6, "formats": ["gguf"]}}],
 }
@@ -73,7 +79,8 @@ OURS: dict[str, Steps] = {
 def main() -> None:
     """Measure what the results lack."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--student", type=Path, required=True, help="SmolLM2-135M, a directory")
+    parser.add_argument("--student", type=Path, required=True, help="a directory")
+    parser.add_argument("--name", default="", help="of a student that is not SmolLM2-135M")
     parser.add_argument("--work", type=Path, required=True, help="for texts, logits, files")
     parser.add_argument("--only", nargs="+", choices=[*PEERS, *OURS], default=[*PEERS, *OURS])
     parser.add_argument("--text", choices=["manual", "both"], default="manual")
@@ -89,15 +96,19 @@ def main() -> None:
         file = write_two_domains(arguments.work, file)
     calibration = Calibration(file=file, tokens=arguments.tokens)
     section = f"{arguments.text}, {arguments.tokens} tokens"
+    if arguments.name:
+        section = f"{arguments.name}: {section}"
     judge = Judge(student, texts, arguments.work, EVALUATION_TOKENS)
     for name in arguments.only:
         results = json.loads(arguments.out.read_text("utf-8")) if arguments.out.exists() else {}
         if name in results.get(section, {}) and not arguments.again:
             continue
         file = arguments.work / f"{name}.gguf"
-        took = make(name, student, file, calibration)
+        steps = None if name in PEERS else steps_of(name, arguments.name, results.get(section, {}))
+        took = make(name, student, file, calibration, steps)
         measured = {
             "bytes": file.stat().st_size,
+            "tensor_bytes": sum(t.size_bytes for t in GgufFile(file).tensors.values()),
             "weights_by_type": weights_by_type(file),
             **took,
             **judge.judge(by_llama_cpp(file)),
@@ -108,20 +119,40 @@ def main() -> None:
         print(name, measured["bytes"], kl, f"{measured['seconds']} s", flush=True)
 
 
-def make(name: str, student: Path, file: Path, calibration: Calibration) -> dict[str, Any]:
-    """Write the GGUF file of a peer or of ours; what that took."""
+def steps_of(name: str, student: str, measured: dict[str, Any]) -> Steps:
+    """The steps of one of ours.
+
+    Args:
+        name: one of ``OURS``.
+        student: its label; empty for SmolLM2, whose sizes stand in ``OURS``.
+        measured: the results of the same section.
+
+    Raises:
+        UsageError: a mixture's peer was not measured yet.
+    """
+    if name not in MIXED or not student:
+        return OURS[name]
+    peer = MIXED[name]
+    if peer not in measured:
+        raise UsageError(f"{name} takes the bytes of {peer}, which is not measured yet")
+    size_mb = round(measured[peer]["tensor_bytes"] / 1e6, 2)
+    return [{"quantize_mixed": {"size_mb": size_mb, "formats": ["gguf"]}}]
+
+
+def make(
+    name: str, student: Path, file: Path, calibration: Calibration, steps: Steps | None
+) -> dict[str, Any]:
+    """Write the GGUF file of a peer, which has no steps, or of ours; what that took."""
     wall, processor = time.monotonic(), time.process_time()
     work = file.with_name(f"{name}.{calibration.tokens}")
     continued = work.exists()  # what went before is not in the times
-    if name in PEERS:
+    if steps is None:
         ids = calibration_ids(student, calibration, Chat())
         source = file.with_name("float16.gguf")
         if not source.exists():
             export(student, source)
         quantize(source, file, name, kept_importance(student, ids, file.parent))
-        steps: Steps | None = None
     else:
-        steps = OURS[name]
         export(run_steps(student, steps, calibration, work), file)
         shutil.rmtree(work)
     return {
@@ -177,8 +208,8 @@ def by_llama_cpp(file: Path) -> Predict:
 
     def predict(ids: Ids) -> LogProbabilities:
         session.reset()
-        logits = np.concatenate(list(session.stream_logits(ids.tolist())))
-        return log_softmax(torch.from_numpy(logits))
+        chunks = session.stream_logits(ids.tolist())
+        return np.concatenate([log_softmax(torch.from_numpy(chunk)) for chunk in chunks])
 
     return predict
 

@@ -52,7 +52,7 @@ def importance_matrix(student: Student, ids: list[Ids]) -> ImportanceMatrix:
             count = sum(len(sequence) for sequence in ids)
             for first, squares in sums.items():
                 for short in READ_TOGETHER[first]:
-                    name = tensor_name(facts.linears(layer)[short])
+                    name = tensor_name(facts, facts.linears(layer)[short])
                     found[name] = (squares / count).float().numpy()
     return found
 

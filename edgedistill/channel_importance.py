@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from edgedistill.decoder import DecoderFacts
-from edgedistill.decoder_forward import DecoderForward
+from edgedistill.decoder_forward import DecoderForward, rms_norm
 from edgedistill.held_out import BATCH_TOKENS
 from edgedistill.progress import track
 from edgedistill.pruned_student import KeptWidth, Places
@@ -99,7 +99,7 @@ def _score(student: Student, ids: Tensor) -> Importance:
         hidden += sums.normalized
     weight = torch.from_numpy(student.read(facts.final_norm))
     for part in parts:
-        hidden += _sum_abs(functional.rms_norm(part, weight.shape, weight, facts.norm_eps))
+        hidden += _sum_abs(rms_norm(part, weight, facts))
     return Importance(ffn, groups, (hidden / ids.numel()).numpy())
 
 

@@ -7,22 +7,37 @@ and never look at ``model_type``.  A model that needs a fact that is not here is
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
-
 from edgedistill.errors import InputError
+from edgedistill.rope import Rope, positive, read_layered_ropes, read_rope
+
+Activation = Literal["silu", "gelu_tanh"]
 
 
 @dataclass(frozen=True)
 class _Family:
-    """What a ``model_type`` implies beyond its config: biases and norms."""
+    """What a ``model_type`` implies beyond its config.
+
+    Attributes:
+        attention_bias, output_bias, qk_norm: as of :class:`DecoderFacts`.
+        norm_offset, post_norms, scaled_embedding: likewise.
+        slides: whether its config says of each layer how it attends.
+        activation_key: where the config names the activation, and ``activation`` its default.
+        defaults: of keys that its config may leave out.
+    """
 
     attention_bias: bool = False
     output_bias: bool = False
     qk_norm: bool = False
+    norm_offset: float = 0.0
+    post_norms: bool = False
+    scaled_embedding: bool = False
+    slides: bool = False
+    activation_key: str = "hidden_act"
+    activation: str = "silu"
+    defaults: dict[str, Any] = field(default_factory=dict)
 
 
 FAMILIES: dict[str, _Family] = {
@@ -30,52 +45,27 @@ FAMILIES: dict[str, _Family] = {
     "mistral": _Family(),
     "qwen2": _Family(attention_bias=True),
     "qwen3": _Family(qk_norm=True),
+    "gemma3_text": _Family(
+        qk_norm=True,
+        norm_offset=1.0,
+        post_norms=True,
+        scaled_embedding=True,
+        slides=True,
+        activation_key="hidden_activation",
+        activation="gelu_pytorch_tanh",
+        # Those of transformers' Gemma3TextConfig.
+        defaults={"head_dim": 256, "query_pre_attn_scalar": 256, "tie_word_embeddings": True},
+    ),
 }
-ACTIVATIONS: dict[str, Literal["silu"]] = {"silu": "silu", "swish": "silu"}
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+# Of Gemma 3, where a config does not list the layers: every sixth attends to all.
+SLIDING_PATTERN = 6
 # Beyond any model; a damaged config must not make us list tensors without end.
 MOST_LAYERS, LARGEST_SIZE = 4096, 1 << 31
-LLAMA3_KEYS = (
-    "factor",
-    "low_freq_factor",
-    "high_freq_factor",
-    "original_max_position_embeddings",
-)
-
-
-@dataclass(frozen=True)
-class Rope:
-    """Rotary embedding of halves (``rotate_half``, the Hugging Face convention).
-
-    Attributes:
-        theta: base of the frequencies.
-        scaling: None, or the config's parameters of a ``llama3`` or ``linear`` scaling.
-    """
-
-    theta: float
-    scaling: dict[str, Any] | None = None
-
-    def inverse_frequencies(self, head_dim: int) -> npt.NDArray[np.float32]:
-        """float32 [head_dim / 2], scaling applied."""
-        exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-        plain = (1.0 / np.float32(self.theta) ** exponents).astype(np.float32)
-        return (plain / self.frequency_divisors(head_dim)).astype(np.float32)
-
-    def frequency_divisors(self, head_dim: int) -> npt.NDArray[np.float32]:
-        """float32 [head_dim / 2]: what each frequency is divided by (GGUF's ``rope_freqs``).
-
-        Llama 3.1's rule: https://github.com/meta-llama/llama-models, ``apply_scaling``.
-        """
-        exponents = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
-        if self.scaling is None:
-            return np.ones(exponents.shape, dtype=np.float32)
-        factor = float(self.scaling["factor"])
-        if self.scaling["rope_type"] == "linear":
-            return np.full(exponents.shape, factor, dtype=np.float32)
-        wavelengths = 2 * math.pi * self.theta**exponents
-        low, high = float(self.scaling["low_freq_factor"]), float(self.scaling["high_freq_factor"])
-        turns = float(self.scaling["original_max_position_embeddings"]) / wavelengths
-        smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
-        return (1.0 / (smooth + (1.0 - smooth) / factor)).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -83,6 +73,16 @@ class DecoderFacts:
     """All that an exporter needs to know to write the graph of a decoder.
 
     The block is: ``x += o(attention(norm(x)))``, ``x += down(act(gate(norm(x))) * up(norm(x)))``.
+
+    Attributes:
+        rope: of the layers that attend to all tokens.
+        norm_offset: added to every norm's weight before it multiplies (Gemma's ``1 + w``).
+        post_norms: whether what a half block adds to the stream goes through a norm of its own.
+        scaled_embedding: whether embeddings are multiplied by the root of the hidden size.
+        attention_scale: of the products of queries and keys; None: ``head_dim ** -0.5``.
+        sliding_layers: of each layer whether it attends to a window; empty: none does.
+        window_tokens: that such a layer attends to, the token itself among them.
+        sliding_rope: of such layers.
     """
 
     family: str
@@ -96,11 +96,18 @@ class DecoderFacts:
     max_context_tokens: int
     norm_eps: float
     rope: Rope
-    activation: Literal["silu"]
+    activation: Activation
     qk_norm: bool
     attention_bias: bool
     output_bias: bool
     tied_embeddings: bool
+    norm_offset: float = 0.0
+    post_norms: bool = False
+    scaled_embedding: bool = False
+    attention_scale: float | None = None
+    sliding_layers: tuple[bool, ...] = ()
+    window_tokens: int | None = None
+    sliding_rope: Rope | None = None
 
     @property
     def parameters(self) -> int:
@@ -122,6 +129,21 @@ class DecoderFacts:
         """The name of the norm before the head."""
         return "model.norm.weight"
 
+    @property
+    def embedding_scale(self) -> float:
+        """What embeddings are multiplied by."""
+        return math.sqrt(self.hidden_size) if self.scaled_embedding else 1.0
+
+    def window_of(self, layer: int) -> int | None:
+        """Tokens that a layer attends to; None for all."""
+        return self.window_tokens if self.sliding_layers and self.sliding_layers[layer] else None
+
+    def rope_of(self, layer: int) -> Rope:
+        """The rotary embedding of a layer."""
+        if self.sliding_rope is None or self.window_of(layer) is None:
+            return self.rope
+        return self.sliding_rope
+
     def linears(self, layer: int) -> dict[str, str]:
         """Short name -> tensor name of a block's seven matrices, in the order of their use."""
         block = f"model.layers.{layer}"
@@ -134,15 +156,29 @@ class DecoderFacts:
         return shorts.get(name.split(".", 3)[-1])
 
     def norms(self, layer: int) -> dict[str, str]:
-        """Short name (``attention``, ``ffn``, ``q``, ``k``) -> tensor name of a block's norms."""
+        """Short name -> tensor name of a block's norms.
+
+        ``attention`` and ``ffn`` are before a half, ``attention_out`` and ``ffn_out`` behind it,
+        where the family has those; ``q`` and ``k`` are inside.
+        """
         block = f"model.layers.{layer}"
-        names = {
-            "attention": f"{block}.input_layernorm.weight",
-            "ffn": f"{block}.post_attention_layernorm.weight",
-        }
+        names = {"attention": f"{block}.input_layernorm.weight"}
+        if self.post_norms:
+            names |= {
+                "attention_out": f"{block}.post_attention_layernorm.weight",
+                "ffn": f"{block}.pre_feedforward_layernorm.weight",
+                "ffn_out": f"{block}.post_feedforward_layernorm.weight",
+            }
+        else:
+            names["ffn"] = f"{block}.post_attention_layernorm.weight"
         if self.qk_norm:
             names |= {n: f"{block}.self_attn.{n}_norm.weight" for n in "qk"}
         return names
+
+    def all_norms(self) -> list[str]:
+        """The norms of all blocks, and the last."""
+        inner = [name for layer in range(self.layers) for name in self.norms(layer).values()]
+        return [*inner, self.final_norm]
 
     def biases(self, layer: int) -> dict[str, str]:
         """Short name -> tensor name of the biases that a block has."""
@@ -164,7 +200,7 @@ class DecoderFacts:
         shapes: dict[str, tuple[int, ...]] = {self.embedding: (self.vocab_size, hidden)}
         for layer in range(self.layers):
             for short, name in self.norms(layer).items():
-                shapes[name] = (self.head_dim if short in "qk" else hidden,)
+                shapes[name] = (self.head_dim if short in ("q", "k") else hidden,)
             shapes |= {n: (rows[s], columns[s]) for s, n in self.linears(layer).items()}
             shapes |= {n: (rows[s],) for s, n in self.biases(layer).items()}
         shapes[self.final_norm] = (hidden,)
@@ -195,16 +231,19 @@ class DecoderFacts:
     @classmethod
     def _read(cls, kind: str, config: dict[str, Any], where: str) -> DecoderFacts:
         family = FAMILIES[kind]
-        _refuse_unknown(config, where)
+        config = family.defaults | config
+        activation = _activation(family, config, where)
+        _refuse_unknown(family, config, where)
         heads, hidden = _size(config, "num_attention_heads"), _size(config, "hidden_size")
         kv_heads = _size(config, "num_key_value_heads", heads)
         head_dim = _size(config, "head_dim", hidden // heads)
         if heads % kv_heads or head_dim % 2:
             raise ValueError(f"{heads} heads share {kv_heads} key heads of {head_dim}")
         bias = bool(config.get("attention_bias")) if kind in ("llama", "qwen3") else False
+        layers = _size(config, "num_hidden_layers", most=MOST_LAYERS)
         return cls(
             family=kind,
-            layers=_size(config, "num_hidden_layers", most=MOST_LAYERS),
+            layers=layers,
             hidden_size=hidden,
             ffn_size=_size(config, "intermediate_size"),
             heads=heads,
@@ -212,14 +251,48 @@ class DecoderFacts:
             head_dim=head_dim,
             vocab_size=_size(config, "vocab_size"),
             max_context_tokens=_size(config, "max_position_embeddings"),
-            norm_eps=_positive(config, "rms_norm_eps"),
-            rope=_read_rope(config, where),
-            activation=ACTIVATIONS[config.get("hidden_act", "silu")],
+            norm_eps=positive(config, "rms_norm_eps"),
+            activation=activation,
             qk_norm=family.qk_norm,
             attention_bias=family.attention_bias or bias,
             output_bias=family.output_bias or bias,
             tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+            norm_offset=family.norm_offset,
+            post_norms=family.post_norms,
+            scaled_embedding=family.scaled_embedding,
+            **_attention(family, config, layers, where),
         )
+
+
+def _attention(family: _Family, config: dict[str, Any], layers: int, where: str) -> dict[str, Any]:
+    """How the layers attend: alike, or some of them to a window, with a base of its own."""
+    if not family.slides:
+        return {"rope": read_rope(config, where)}
+    full, sliding = read_layered_ropes(config, where)
+    kinds = config.get("layer_types")
+    if kinds is None:
+        pattern = _size(config, "sliding_window_pattern", SLIDING_PATTERN)
+        slides = [(layer + 1) % pattern != 0 for layer in range(layers)]
+    else:
+        slides = [kind == "sliding_attention" for kind in kinds]
+        unknown = set(kinds) - {"sliding_attention", "full_attention"}
+        if unknown or len(slides) != layers:
+            raise ValueError(f"layer_types are {len(slides)} of {sorted(set(kinds))}")
+    found: dict[str, Any] = {"rope": full}
+    found["attention_scale"] = positive(config, "query_pre_attn_scalar") ** -0.5
+    if any(slides):
+        found |= {"sliding_layers": tuple(slides), "sliding_rope": sliding}
+        window = {"sliding_window": config.get("sliding_window") or 0}
+        found["window_tokens"] = _size(window, "sliding_window")
+    return found
+
+
+def _activation(family: _Family, config: dict[str, Any], where: str) -> Activation:
+    name = config.get(family.activation_key) or family.activation
+    # A family computes what it was trained with, whatever else we could.
+    if ACTIVATIONS.get(name) != ACTIVATIONS[family.activation]:
+        raise InputError(f"{family.activation_key} {name!r} is not supported yet", where=where)
+    return ACTIVATIONS[name]
 
 
 def _size(
@@ -232,39 +305,21 @@ def _size(
     return int(value)
 
 
-def _positive(config: dict[str, Any], key: str) -> float:
-    value = float(config[key])
-    if not 0.0 < value < math.inf:
-        raise ValueError(f"{key} is {value!r}, not a number above 0")
-    return value
-
-
-def _refuse_unknown(config: dict[str, Any], where: str) -> None:
+def _refuse_unknown(family: _Family, config: dict[str, Any], where: str) -> None:
+    window = config.get("sliding_window")
     problem = None
-    if config.get("hidden_act", "silu") not in ACTIVATIONS:
-        problem = f"hidden_act {config['hidden_act']!r}"
-    elif config.get("sliding_window") and config.get("use_sliding_window", True):
-        problem = f"sliding_window {config['sliding_window']}"
+    if window and config.get("use_sliding_window", True) and not family.slides:
+        problem = f"sliding_window {window}"
+    elif family.slides and config.get("attention_bias"):
+        problem = "attention_bias"
     elif config.get("mlp_bias"):
         problem = "mlp_bias"
+    elif config.get("use_bidirectional_attention"):
+        problem = "use_bidirectional_attention"
     elif config.get("quantization_config"):
         problem = "quantization_config (the student is quantized already)"
+    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if family.slides and config.get(key):
+            problem = f"{key} {config[key]}"
     if problem:
         raise InputError(f"{problem} is not supported yet", where=where)
-
-
-def _read_rope(config: dict[str, Any], where: str) -> Rope:
-    # transformers 5 writes rope_parameters, transformers 4 rope_theta beside rope_scaling.
-    parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    stated = parameters.get("rope_theta", config.get("rope_theta", 10000.0))
-    theta = _positive({"rope_theta": stated}, "rope_theta")
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind == "default":
-        return Rope(theta)
-    if kind not in ("linear", "llama3"):
-        raise InputError(f"rope_type {kind!r} is not supported yet", where=where)
-    keys = ("factor",) if kind == "linear" else LLAMA3_KEYS
-    scaling = {key: _positive(parameters, key) for key in keys}
-    if kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
-        raise ValueError("high_freq_factor is not above low_freq_factor")
-    return Rope(theta, parameters | {"rope_type": kind})

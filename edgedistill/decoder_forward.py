@@ -21,22 +21,30 @@ Watch = Callable[[str, Tensor], None]
 
 
 class Half(NamedTuple):
-    """Half a block: ``hidden += exit(inner(entry(norm(hidden))))``, by the short names of facts."""
+    """Half a block: ``hidden += out(exit(inner(entry(norm(hidden)))))``, by short names of facts.
+
+    ``out`` is a norm that some families have; in the others it is nothing.
+    """
 
     norm: str
     entry: tuple[str, ...]
     exit: str
+    out: str
 
 
-ATTENTION = Half("attention", ("q", "k", "v"), "o")
-FFN = Half("ffn", ("gate", "up"), "down")
+ATTENTION = Half("attention", ("q", "k", "v"), "o", "attention_out")
+FFN = Half("ffn", ("gate", "up"), "down", "ffn_out")
 HALVES = (ATTENTION, FFN)
 
 
 @dataclass(frozen=True)
 class BlockWeights:
-    """A block's tensors by the short names of facts; a copy may hold others in their place."""
+    """A block's tensors by the short names of facts; a copy may hold others in their place.
 
+    ``layer`` is which block it is: layers may attend in different ways.
+    """
+
+    layer: int
     linears: dict[str, Tensor]
     norms: dict[str, Tensor]
     biases: dict[str, Tensor]
@@ -73,7 +81,11 @@ class DecoderForward:
     def __init__(self, student: Student) -> None:
         self.student = student
         self.facts = student.facts
-        self._inverse = torch.from_numpy(self.facts.rope.inverse_frequencies(self.facts.head_dim))
+        head_dim = self.facts.head_dim
+        self._inverse = [
+            torch.from_numpy(self.facts.rope_of(layer).inverse_frequencies(head_dim))
+            for layer in range(self.facts.layers)
+        ]
 
     def logits(self, ids: Tensor) -> Tensor:
         """int64 [batch, tokens] -> float32 [batch, tokens, vocab]."""
@@ -84,11 +96,17 @@ class DecoderForward:
 
     def embed(self, ids: Tensor) -> Tensor:
         """int64 [batch, tokens] -> [batch, tokens, hidden]."""
-        return functional.embedding(ids, self._tensor(self.facts.embedding))
+        return self.scale_embedded(functional.embedding(ids, self._tensor(self.facts.embedding)))
+
+    def scale_embedded(self, rows: Tensor) -> Tensor:
+        """Rows of an embedding, as the first block reads them: [..., hidden]."""
+        scale = self.facts.embedding_scale
+        return rows if scale == 1.0 else rows * scale
 
     def read_block(self, layer: int) -> BlockWeights:
         """The weights of a block, float32."""
         return BlockWeights(
+            layer,
             {s: self._tensor(n) for s, n in self.facts.linears(layer).items()},
             {s: self._tensor(n) for s, n in self.facts.norms(layer).items()},
             {s: self._tensor(n) for s, n in self.facts.biases(layer).items()},
@@ -140,12 +158,17 @@ class DecoderForward:
         """What the half's last matrix reads: [..., hidden] -> [..., heads * head_dim] or ffn."""
         if half == ATTENTION:
             return self._attention(weights, x, past)
-        gated = functional.silu(self._linear(weights, "gate", x))
+        gate = self._linear(weights, "gate", x)
+        if self.facts.activation == "silu":
+            gated = functional.silu(gate)
+        else:
+            gated = functional.gelu(gate, approximate="tanh")
         return gated * self._linear(weights, "up", x)
 
     def leave(self, half: Half, weights: BlockWeights, inner: Tensor) -> Tensor:
         """What the half adds to the stream."""
-        return self._linear(weights, half.exit, inner)
+        out = self._linear(weights, half.exit, inner)
+        return self._norm(out, weights.norms[half.out]) if half.out in weights.norms else out
 
     def head(self, hidden: Tensor) -> Tensor:
         """[..., hidden] -> logits [..., vocab]."""
@@ -164,15 +187,19 @@ class DecoderForward:
         if self.facts.qk_norm:
             q, k = self._norm(q, weights.norms["q"]), self._norm(k, weights.norms["k"])
         before = 0 if past is None else past.tokens
-        q, k = self._rotate(q, before), self._rotate(k, before)
+        inverse = self._inverse[weights.layer]
+        q, k = _rotate(q, before, inverse), _rotate(k, before, inverse)
         if past is not None:
             k, v = past.add(k, v)
-        # Each token sees those before it and itself; torch's own mask counts from position 0.
-        mask = (
-            torch.ones(tokens, before + tokens, dtype=torch.bool).tril(before) if before else None
-        )
+        mask = _mask(tokens, before, self.facts.window_of(weights.layer))
         attended = functional.scaled_dot_product_attention(
-            q, k, v, mask, is_causal=mask is None, enable_gqa=True
+            q,
+            k,
+            v,
+            mask,
+            is_causal=mask is None,
+            scale=self.facts.attention_scale,
+            enable_gqa=True,
         )
         return attended.transpose(1, 2).reshape(batch, tokens, -1)
 
@@ -180,16 +207,36 @@ class DecoderForward:
         """What a matrix of the block makes of its inputs: [..., columns] -> [..., rows]."""
         return functional.linear(x, weights.linears[short], weights.biases.get(short))
 
-    def _rotate(self, x: Tensor, before: int) -> Tensor:
-        """Rotary embedding of halves on [batch, heads, tokens, head_dim], from a position on."""
-        positions = torch.arange(before, before + x.shape[2], dtype=torch.float32)
-        angles = torch.outer(positions, self._inverse)
-        cos, sin = angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)  # [tokens, head_dim]
-        low, high = x.chunk(2, dim=-1)
-        return x * cos + torch.cat((-high, low), dim=-1) * sin
-
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return functional.rms_norm(x, (x.shape[-1],), weight, self.facts.norm_eps)
+        return rms_norm(x, weight, self.facts)
 
     def _tensor(self, name: str) -> Tensor:
         return torch.from_numpy(self.student.read(name))
+
+
+def rms_norm(x: Tensor, weight: Tensor, facts: DecoderFacts) -> Tensor:
+    """A norm of the decoder on [..., size], with its weight [size] as the checkpoint has it."""
+    if facts.norm_offset:
+        weight = weight + facts.norm_offset
+    return functional.rms_norm(x, weight.shape, weight, facts.norm_eps)
+
+
+def _rotate(x: Tensor, before: int, inverse: Tensor) -> Tensor:
+    """Rotary embedding of halves on [batch, heads, tokens, head_dim], from a position on."""
+    positions = torch.arange(before, before + x.shape[2], dtype=torch.float32)
+    angles = torch.outer(positions, inverse)
+    cos, sin = angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)  # [tokens, head_dim]
+    low, high = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-high, low), dim=-1) * sin
+
+
+def _mask(tokens: int, before: int, window: int | None) -> Tensor | None:
+    """bool [tokens, before + tokens]: each token sees itself and those before it, in its window.
+
+    None where torch's own causal mask, which counts from position 0, says the same.
+    """
+    longer = window is not None and before + tokens > window
+    if not before and not longer:
+        return None
+    mask = torch.ones(tokens, before + tokens, dtype=torch.bool).tril(before)
+    return mask.triu(before - window + 1) if window is not None and longer else mask

@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import ClassVar
 
+from edgedistill.decoder import DecoderFacts
+from edgedistill.errors import InputError
 from edgedistill.quantized import Grid
 from edgedistill.student import Student
 
@@ -24,6 +26,22 @@ class Exporter(ABC):
     @abstractmethod
     def holds(self, grid: Grid) -> bool:
         """Whether the format stores such codes, scales and zeros exactly."""
+
+    def problems(self, facts: DecoderFacts) -> list[str]:
+        """What of such a decoder the format cannot carry, known before any work."""
+        return []
+
+    def refuse_misfit(self, student: Student) -> None:
+        """Hold the format against a student, as a recipe is before any work.
+
+        Raises:
+            InputError: ``problems`` finds something.
+        """
+        found = self.problems(student.facts)
+        if found:
+            raise InputError(
+                "; ".join(found), where=str(student.path), hint="export it to another format"
+            )
 
     @abstractmethod
     def stored_bytes(self, shape: tuple[int, ...], grid: Grid | None) -> int:

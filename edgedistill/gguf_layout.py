@@ -1,4 +1,4 @@
-"""How a decoder lies in a GGUF file: tensor names, and the row order of rotated heads."""
+"""How a decoder lies in a GGUF file: tensor names, row order of rotated heads, norms as used."""
 
 from __future__ import annotations
 
@@ -11,13 +11,21 @@ from edgedistill.decoder import DecoderFacts
 from edgedistill.errors import InputError
 
 # Family -> llama.cpp's architecture (src/llama-arch.cpp); mistral is llama there.
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+ARCHITECTURES = {
+    "llama": "llama",
+    "mistral": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma3_text": "gemma3",
+}
+# By which llama.cpp knows the Gemma 3 whose attention is scaled in another way.
+GEMMA3_27B_LAYERS = 62
 OUTER_NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
     "lm_head": "output",
 }
-BLOCK_NAMES = {
+_BLOCK_NAMES = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -25,24 +33,35 @@ BLOCK_NAMES = {
     "self_attn.o_proj": "attn_output",
     "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm",
-    "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+}
+# The same name in a checkpoint is another norm where there are some behind the halves.
+_NORM_NAMES = {"post_attention_layernorm": "ffn_norm"}
+_SANDWICHED_NORM_NAMES = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
 }
 ROPE_DIVISORS = "rope_freqs.weight"
 _BLOCK = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 
-def tensor_name(name: str) -> str:
+def block_names(architecture: str) -> dict[str, str]:
+    """Names inside a block: the checkpoint's -> GGUF's, of one of llama.cpp's architectures."""
+    return _BLOCK_NAMES | (_SANDWICHED_NORM_NAMES if architecture == "gemma3" else _NORM_NAMES)
+
+
+def tensor_name(facts: DecoderFacts, name: str) -> str:
     """The GGUF name of a checkpoint's tensor: ``model.norm.weight`` -> ``output_norm.weight``."""
     stem, _, kind = name.rpartition(".")
     if stem in OUTER_NAMES:
         return f"{OUTER_NAMES[stem]}.{kind}"
-    match = _BLOCK.fullmatch(stem)
-    if match is None or match[2] not in BLOCK_NAMES:
+    match, inner = _BLOCK.fullmatch(stem), block_names(ARCHITECTURES[facts.family])
+    if match is None or match[2] not in inner:
         raise InputError(f"the tensor {name} has no place in a GGUF file")
-    return f"blk.{match[1]}.{BLOCK_NAMES[match[2]]}.{kind}"
+    return f"blk.{match[1]}.{inner[match[2]]}.{kind}"
 
 
 def row_order(facts: DecoderFacts, name: str) -> npt.NDArray[np.intp] | None:
@@ -58,3 +77,22 @@ def row_order(facts: DecoderFacts, name: str) -> npt.NDArray[np.intp] | None:
         return None
     rows = np.arange(heads * facts.head_dim).reshape(heads, 2, facts.head_dim // 2)
     return rows.swapaxes(1, 2).reshape(-1)
+
+
+def norm_offset(facts: DecoderFacts, name: str) -> float:
+    """What a stored vector has more than the checkpoint's: llama.cpp's norms multiply alone."""
+    return facts.norm_offset if name.endswith("norm.weight") else 0.0
+
+
+def checkpoint_values(
+    facts: DecoderFacts, name: str, stored: npt.NDArray[np.float32]
+) -> npt.NDArray[np.float32]:
+    """A tensor that was read from a GGUF file, as a checkpoint has it, in the same shape."""
+    order, offset = row_order(facts, name), norm_offset(facts, name)
+    if offset:
+        return (stored - np.float32(offset)).astype(np.float32)
+    if order is None:
+        return stored
+    restored = np.empty_like(stored)
+    restored[order] = stored
+    return restored

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from edgedistill.errors import InputError
 from edgedistill.gguf_pretokenizers import PreTokenizer, pre_tokenizer_named
+from edgedistill.gguf_sentencepiece import merge_pairs, refuse_pieces, sentencepiece_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 # Token types of tokenizer.ggml.token_type, from the GGUF specification.
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
-KNOWN_TYPES = (NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED)
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+# tokenizer.ggml.model: byte-level BPE, and BPE with byte fallback as of SentencePiece.
+BYTE_LEVEL, SENTENCEPIECE = "gpt2", "llama"
+KNOWN_TYPES = {
+    BYTE_LEVEL: (NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED),
+    SENTENCEPIECE: (NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE),
+}
 
 
 def build_tokenizer(metadata: dict[str, Any], where: str) -> Tokenizer:
@@ -24,40 +31,82 @@ def build_tokenizer(metadata: dict[str, Any], where: str) -> Tokenizer:
     Raises:
         InputError: another kind of tokenizer, an unknown pre-tokenizer, or damaged lists.
     """
-    from tokenizers import Tokenizer, decoders, models
-
     pre = check_tokenizer_kind(metadata, where)
     tokens, types = _tokens_and_types(metadata, where)
-    vocab = {token: i for i, token in enumerate(tokens)}
-    merges = _merges(metadata, vocab, where)
-    tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=pre.ignore_merges))
-    tokenizer.pre_tokenizer = _from_structure(pre.structure)
-    tokenizer.decoder = decoders.ByteLevel()
+    if pre is None:
+        tokenizer = _with_byte_fallback(metadata, tokens, types, where)
+    else:
+        tokenizer = _byte_level(metadata, tokens, pre, where)
     _add_special(tokenizer, tokens, types)
     _set_post_processor(tokenizer, metadata, tokens, adds_bos(metadata, where))
     return tokenizer
 
 
-def check_tokenizer_kind(metadata: dict[str, Any], where: str) -> PreTokenizer:
-    """The pre-tokenizer of a file whose tokenizer is known here.
+def _byte_level(
+    metadata: dict[str, Any], tokens: list[str], pre: PreTokenizer, where: str
+) -> Tokenizer:
+    from tokenizers import Tokenizer, decoders, models
+
+    vocab = {token: i for i, token in enumerate(tokens)}
+    merges = _merges(metadata, vocab, where)
+    tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=pre.ignore_merges))
+    tokenizer.pre_tokenizer = _from_structure(pre.structure)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _with_byte_fallback(
+    metadata: dict[str, Any], tokens: list[str], types: list[int], where: str
+) -> Tokenizer:
+    scores = metadata.get("tokenizer.ggml.scores")
+    if not isinstance(scores, list) or len(scores) != len(tokens):
+        raise InputError("has no tokenizer.ggml.scores, or not one for each token", where=where)
+    if not all(isinstance(score, int | float) and math.isfinite(score) for score in scores):
+        raise InputError("has scores of tokens that are no numbers", where=where)
+    refuse_pieces(tokens, where)
+    # llama.cpp finds special tokens in the text; all others it merges, whatever their type.
+    made = [kind not in (CONTROL, UNKNOWN, USER_DEFINED) for kind in types]
+    unknown = special_id(metadata, "unknown")
+    return sentencepiece_tokenizer(
+        tokens, merge_pairs(tokens, scores, made), None if unknown is None else tokens[unknown]
+    )
+
+
+def check_tokenizer_kind(metadata: dict[str, Any], where: str) -> PreTokenizer | None:
+    """The pre-tokenizer of a file whose tokenizer is known here; None where there is none.
 
     Raises:
-        InputError: it is not byte-level BPE, or its pre-tokenizer is unknown.
+        InputError: it is neither byte-level BPE with a pre-tokenizer that is known, nor BPE with
+            byte fallback that leaves the beginning of a text as it is.
     """
     kind = metadata.get("tokenizer.ggml.model")
-    if kind != "gpt2":
+    if kind == BYTE_LEVEL:
+        return pre_tokenizer_named(metadata.get("tokenizer.ggml.pre"), where)
+    if kind != SENTENCEPIECE:
         raise InputError(
-            f"tokenizer.ggml.model is {kind!r}; only byte-level BPE ('gpt2') is read",
+            f"tokenizer.ggml.model is {kind!r}; byte-level BPE ('gpt2') and BPE with byte fallback "
+            "('llama') are read",
             where=where,
             hint="start from the model's Hugging Face directory",
         )
-    return pre_tokenizer_named(metadata.get("tokenizer.ggml.pre"), where)
+    # llama.cpp puts a space before a text where the file does not say otherwise.
+    if metadata.get("tokenizer.ggml.add_space_prefix") is not False:
+        raise InputError(
+            "its tokenizer puts a space before a text, which is not read yet",
+            where=where,
+            hint="start from the model's Hugging Face directory",
+        )
+    return None
 
 
 def adds_bos(metadata: dict[str, Any], where: str) -> bool:
     """Whether llama.cpp puts BOS before a text by itself."""
-    pre = pre_tokenizer_named(metadata.get("tokenizer.ggml.pre"), where)
-    return bool(metadata.get("tokenizer.ggml.add_bos_token", pre.adds_bos))
+    stated = metadata.get("tokenizer.ggml.add_bos_token")
+    if stated is not None:
+        return bool(stated)
+    if metadata.get("tokenizer.ggml.model") == SENTENCEPIECE:
+        return True
+    return pre_tokenizer_named(metadata.get("tokenizer.ggml.pre"), where).adds_bos
 
 
 def special_id(metadata: dict[str, Any], role: str) -> int | None:
@@ -76,7 +125,8 @@ def _tokens_and_types(metadata: dict[str, Any], where: str) -> tuple[list[str], 
         raise InputError("lists tokens that are not text", where=where)
     if len(set(tokens)) != len(tokens):
         raise InputError("lists a token twice", where=where)
-    strange = sorted(set(types) - set(KNOWN_TYPES))
+    kind = str(metadata["tokenizer.ggml.model"])  # it was checked
+    strange = sorted(set(types) - set(KNOWN_TYPES[kind]))
     if strange:
         raise InputError(f"has tokens of the type {strange[0]}, unknown to BPE", where=where)
     return tokens, types

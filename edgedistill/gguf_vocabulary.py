@@ -7,7 +7,16 @@ from typing import Any
 
 from edgedistill.errors import InputError
 from edgedistill.gguf_pretokenizers import pre_tokenizer_of
-from edgedistill.gguf_tokenizer import CONTROL, NORMAL, UNUSED, USER_DEFINED
+from edgedistill.gguf_sentencepiece import BYTE_TOKEN, SPACE, has_byte_fallback, score_tokens
+from edgedistill.gguf_tokenizer import (
+    BYTE,
+    BYTE_LEVEL,
+    CONTROL,
+    NORMAL,
+    SENTENCEPIECE,
+    UNUSED,
+    USER_DEFINED,
+)
 from edgedistill.student import Student, read_json
 
 
@@ -16,19 +25,23 @@ class GgufVocabulary:
     """All that a GGUF file says of a tokenizer.
 
     Attributes:
+        model: ``gpt2`` or ``llama``, GGUF's names of byte-level BPE and BPE with byte fallback.
         pre: name of the pre-tokenizer.
         tokens: one string an id, as many as the embedding has rows.
         types: ``tokenizer.ggml.token_type``, one a token.
-        merges: ``left right``, most important first.
+        merges: ``left right``, most important first; empty where ``scores`` say it.
+        scores: of each token the higher the earlier it is merged; None where ``merges`` say it.
         ids: role (``bos``, ``eos``, ``eot``, ``eom``, ``unknown``, ``padding``) -> id.
         adds_bos: whether BOS goes before a text; ``adds_eos`` EOS behind it.
         chat_template: Jinja, or None.
     """
 
+    model: str
     pre: str
     tokens: list[str]
     types: list[int]
     merges: list[str]
+    scores: list[float] | None
     ids: dict[str, int]
     adds_bos: bool
     adds_eos: bool
@@ -45,31 +58,45 @@ def read_vocabulary(student: Student) -> GgufVocabulary:
     where = str(student.path / "tokenizer.json")
     tokenizer = read_json(student.path / "tokenizer.json")
     _refuse_foreign(tokenizer, where)
-    pre = pre_tokenizer_of(tokenizer, where)
+    fallback = has_byte_fallback(tokenizer)
+    pre = "default" if fallback else pre_tokenizer_of(tokenizer, where).names[0]
     tokens, types = _tokens_and_types(tokenizer, student.facts.vocab_size, where)
+    pairs = [_merge_pair(merge, where) for merge in tokenizer["model"]["merges"]]
+    scores = score_tokens(tokenizer, tokens, pairs, where) if fallback else None
     config = read_json(student.path / "tokenizer_config.json")
     ids = _special_ids(student, config, tokens)
     adds = {role: _adds(student, role, ids.get(role)) for role in ("bos", "eos")}
-    merges = [_merge_line(merge, where) for merge in tokenizer["model"]["merges"]]
-    template = _chat_template(student, config)
     return GgufVocabulary(
-        pre.names[0], tokens, types, merges, ids, adds["bos"], adds["eos"], template
+        model=SENTENCEPIECE if fallback else BYTE_LEVEL,
+        pre=pre,
+        tokens=tokens,
+        types=types,
+        merges=[] if fallback else [_merge_line(pair, where) for pair in pairs],
+        scores=scores,
+        ids=ids,
+        adds_bos=adds["bos"],
+        adds_eos=adds["eos"],
+        chat_template=_chat_template(student, config),
     )
 
 
 def _refuse_foreign(tokenizer: dict[str, Any], where: str) -> None:
     model, normalizer = tokenizer.get("model") or {}, tokenizer.get("normalizer")
     problem = None
-    if model.get("type") != "BPE" or model.get("byte_fallback"):
-        problem = f"a {model.get('type')} model" + (" with byte fallback" * ("type" in model))
+    if model.get("type") != "BPE":
+        problem = f"a {model.get('type')} model"
     elif model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         problem = "BPE with prefixes or suffixes"
+    elif has_byte_fallback(tokenizer):
+        pass  # told apart when its tokens are scored
     elif normalizer is not None and normalizer.get("type") != "NFC":
         # NFC is Qwen's; llama.cpp leaves it out, which shows in decomposed text alone.
         problem = f"the normalizer {normalizer.get('type')}"
     if problem:
         raise InputError(
-            f"has {problem}; only byte-level BPE can be carried into a GGUF file", where=where
+            f"has {problem}; only byte-level BPE, and BPE with byte fallback, can be carried into "
+            "a GGUF file",
+            where=where,
         )
     for added in tokenizer.get("added_tokens", []):
         if added.get("lstrip") or added.get("rstrip") or added.get("single_word"):
@@ -94,13 +121,26 @@ def _tokens_and_types(
     # Rows of the embedding without a token (padding) need a name of their own.
     tokens = [named.get(i, f"[PAD{i}]") for i in range(vocab_size)]
     types = [NORMAL if i in named else UNUSED for i in range(vocab_size)]
+    fallback = has_byte_fallback(tokenizer)
+    if fallback:
+        types = [BYTE if BYTE_TOKEN.fullmatch(t) else k for t, k in zip(tokens, types, strict=True)]
     for i, entry in added.items():
         types[i] = CONTROL if entry.get("special") else USER_DEFINED
+        if fallback and types[i] == USER_DEFINED:
+            # llama.cpp finds such tokens in the text before it replaces spaces.
+            tokens[i] = tokens[i].replace(SPACE, " ")
     return tokens, types
 
 
-def _merge_line(merge: str | list[str], where: str) -> str:
-    left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
+def _merge_pair(merge: str | list[str], where: str) -> tuple[str, str]:
+    parts = merge.split(" ", 1) if isinstance(merge, str) else merge
+    if len(parts) != 2:
+        raise InputError(f"the merge {merge!r} is not of two tokens", where=where)
+    return parts[0], parts[1]
+
+
+def _merge_line(pair: tuple[str, str], where: str) -> str:
+    left, right = pair
     if " " in left or " " in right:
         raise InputError(f"the merge of {left!r} and {right!r} holds a space", where=where)
     return f"{left} {right}"

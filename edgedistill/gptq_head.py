@@ -10,9 +10,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from edgedistill.decoder_forward import DecoderForward
+from edgedistill.decoder_forward import DecoderForward, rms_norm
 from edgedistill.gptq import Gptq, GptqSettings, Inputs
 from edgedistill.gptq_polish import FloatArray
 from edgedistill.held_out import run_blocks
@@ -35,7 +34,7 @@ def head_inputs(student: Student, ids: Tensor) -> Inputs:
     with torch.no_grad():
         layers = track(range(facts.layers), label="what the head reads")
         hidden = run_blocks(forward, layers, forward.embed(ids))
-        x = functional.rms_norm(hidden, norm.shape, norm, facts.norm_eps).flatten(0, 1)
+        x = rms_norm(hidden, norm, facts).flatten(0, 1)
         return Inputs((x.T @ x / len(x)).numpy())
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -90,7 +91,7 @@ def _quantize_blocks(
         whole = walk.forward.read_block(layer)
         for short, name in names.items():
             _refuse_infinite(whole.linears[short].numpy(), name, student)
-        rounded = BlockWeights(dict(whole.linears), whole.norms, whole.biases)
+        rounded = replace(whole, linears=dict(whole.linears))
         # What the calibrated stream runs through.
         through = rounded if settings.sequential else whole
         for half in HALVES:
@@ -167,8 +168,11 @@ class _Walk:
     def read_exit(self, half: Half, through: BlockWeights, whole: BlockWeights) -> Inputs:
         """The moments of what the half's last matrix reads, which both streams keep.
 
-        It is a single matrix, so what its outputs lack is counted rather than what its inputs do.
+        It is a single matrix, so what its outputs lack is counted rather than what its inputs do:
+        with what the stream lacks already, unless a norm is in between, which would hand on
+        another share of it at every token.
         """
+        added_as_it_is = half.out not in whole.norms
         rows, columns = whole.linears[half.exit].shape
         moments = _Moments(columns, rows)
         for batch in self._batches:
@@ -176,8 +180,9 @@ class _Walk:
             lacking = None
             if self._as_it_was is not None:
                 ahead = self._as_it_was.inner(half, whole, batch)
-                lacking = self._as_it_was.hidden(batch) - self._stream.hidden(batch)
-                lacking += functional.linear(ahead - x, whole.linears[half.exit])
+                lacking = functional.linear(ahead - x, whole.linears[half.exit])
+                if added_as_it_is:
+                    lacking += self._as_it_was.hidden(batch) - self._stream.hidden(batch)
             moments.add(x, lacking=lacking)
         return moments.inputs()
 
@@ -201,7 +206,8 @@ class _Stream:
         self._hidden = mapped_array((*ids.shape, facts.hidden_size), scratch.with_suffix(".hidden"))
         self._inner = mapped_array((*ids.shape, wide), scratch.with_suffix(".inner"))
         for sequence, tokens in enumerate(ids):
-            self._hidden[sequence] = embedding[tokens]
+            rows = torch.from_numpy(embedding[tokens])
+            self._hidden[sequence] = forward.scale_embedded(rows).numpy()
 
     def hidden(self, batch: slice) -> Tensor:
         return torch.from_numpy(self._hidden[batch])

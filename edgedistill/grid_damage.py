@@ -104,8 +104,8 @@ class _Walk:
         self._forward = DecoderForward(student)
         self._candidates, self._weights = candidates, weights
         whole = read_finite(student, self._facts.embedding)
-        self._fitted = torch.from_numpy(whole[text.fitted.numpy()])
-        self._measured = torch.from_numpy(whole[text.measured.numpy()])
+        self._fitted = self._embed(whole, text.fitted)
+        self._measured = self._embed(whole, text.measured)
         self._embeddings: dict[Grid, QTensor] = {}
         self._embedded: dict[Grid, Tensor] = {}
         self._head_inputs = head_inputs(student, text.fitted)
@@ -113,9 +113,13 @@ class _Walk:
             tied = self._facts.tied_embeddings
             quantized = self._of_head(whole, grid) if tied else round_to_grid(whole, grid)
             self._show(self._facts.embedding, quantized)
-            self._embedded[grid] = torch.from_numpy(quantized.dequantize()[text.measured.numpy()])
+            self._embedded[grid] = self._embed(quantized.dequantize(), text.measured)
             if tied:
                 self._embeddings[grid] = quantized
+
+    def _embed(self, matrix: FloatArray, ids: Tensor) -> Tensor:
+        """What the first block reads: [sequences, tokens, hidden]."""
+        return self._forward.scale_embedded(torch.from_numpy(matrix[ids.numpy()]))
 
     def block(self, layer: int) -> Damage:
         """What the grids would cost the matrices of a block; all streams leave it."""

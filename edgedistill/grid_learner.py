@@ -12,7 +12,7 @@ gradient is exact.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -134,6 +134,14 @@ class GridMatrix:
         return shorten(scales) if self._grid.zero == "integer" else scales
 
 
+class _Vector(NamedTuple):
+    """A norm or a bias: what it was, what is added to it in use, its trained factor less 1."""
+
+    start: Tensor
+    offset: float
+    factor: Tensor
+
+
 class GridLearner(Learner):
     """A quantized student in memory; embedding and head are as they are.
 
@@ -160,7 +168,7 @@ class GridLearner(Learner):
         super().__init__(student)
         self._latent_rate = latent_rate
         self._matrices: dict[str, GridMatrix | AdapterMatrix] = {}
-        self._vectors: dict[str, tuple[Tensor, Tensor]] = {}
+        self._vectors: dict[str, _Vector] = {}
         self._weights: dict[str, Tensor] = {}
         outside = {self.facts.embedding, self.facts.head}
         draw = torch.Generator().manual_seed(0)
@@ -195,13 +203,15 @@ class GridLearner(Learner):
         values = torch.from_numpy(self.student.read(name))
         if len(shape) == 1:
             factor = torch.zeros_like(values, requires_grad=True)
-            self._vectors[name] = (values, factor)
+            # A norm multiplies by its weight with the offset on it: the factor is of that.
+            offset = self.facts.norm_offset if name in self.facts.all_norms() else 0.0
+            self._vectors[name] = _Vector(values, offset, factor)
             values = values.clone().requires_grad_()
         self._weights[name] = values
 
     def trained(self) -> list[Tensor]:
         """Factors of vectors, then what is trained of each matrix."""
-        vectors = [factor for _, factor in self._vectors.values()]
+        vectors = [vector.factor for vector in self._vectors.values()]
         return vectors + [part for m in self._matrices.values() for part in m.trained()]
 
     def paces(self) -> list[Pace]:
@@ -211,18 +221,21 @@ class GridLearner(Learner):
 
     def collect(self) -> None:
         """By the chain rule, from the weights to factors and latents."""
-        for name, (start, factor) in self._vectors.items():
+        for name, vector in self._vectors.items():
             gradient = self._weights[name].grad
             assert gradient is not None  # every vector takes part in every logit
-            factor.grad, self._weights[name].grad = gradient * start, None
+            vector.factor.grad = gradient * (vector.start + vector.offset)
+            self._weights[name].grad = None
         for matrix in self._matrices.values():
             matrix.collect()
 
     def settle(self) -> None:
         """Make vectors and matrices anew."""
         with torch.no_grad():
-            for name, (start, factor) in self._vectors.items():
-                torch.mul(start, 1 + factor, out=self._weights[name])
+            for name, vector in self._vectors.items():
+                # Not (start + offset) * (1 + factor) - offset: an untrained vector stays as it is.
+                torch.mul(vector.start, 1 + vector.factor, out=self._weights[name])
+                self._weights[name] += vector.offset * vector.factor
         for matrix in self._matrices.values():
             matrix.settle()
 

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from edgedistill.calibration import Calibration, calibration_ids
 from edgedistill.chat import Chat
-from edgedistill.decoder_forward import DecoderForward
+from edgedistill.decoder_forward import DecoderForward, rms_norm
 from edgedistill.errors import InputError
 from edgedistill.student import Student
 
@@ -105,16 +105,15 @@ class Head:
     """
 
     def __init__(self, student: Student, matrix: npt.NDArray[np.float32] | None = None) -> None:
-        facts = student.facts
+        self._facts = facts = student.facts
         self._norm = torch.from_numpy(student.read(facts.final_norm))
         if matrix is None:
             matrix = student.read(facts.head)
         self._matrix = torch.from_numpy(matrix)
-        self._eps = facts.norm_eps
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[positions, hidden] -> float32 [positions, vocab]."""
-        normalized = functional.rms_norm(hidden, self._norm.shape, self._norm, self._eps)
+        normalized = rms_norm(hidden, self._norm, self._facts)
         return functional.linear(normalized, self._matrix)
 
     def log_probs(self, hidden: Tensor) -> Tensor:

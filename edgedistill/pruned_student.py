@@ -33,6 +33,10 @@ def drop_layers(student: Student, dst: Path, dropped: tuple[int, ...]) -> None:
     numbers = {layer: number for number, layer in enumerate(kept)}
     config = {key: _kept_entries(key, v, layers, kept) for key, v in student.config.items()}
     config["num_hidden_layers"] = len(kept)
+    if student.facts.sliding_layers and not config.get("layer_types"):
+        # A pattern that is stated as a number would be counted anew.
+        kinds = ("full_attention", "sliding_attention")
+        config["layer_types"] = [kinds[student.facts.sliding_layers[layer]] for layer in kept]
     with StudentWriter(dst, student, config) as writer:
         for name in track(student.names(), label="dropping layers"):
             match = _BLOCK_TENSOR.fullmatch(name)
@@ -82,10 +86,12 @@ def narrow(student: Student, dst: Path, kept: KeptWidth, after: DecoderFacts) ->
     Fewer hidden channels change what a norm divides by: the mean is taken over fewer squares.  So
     that it equals the whole student's with the other channels at zero, epsilon included, all that
     writes to the stream is scaled by sqrt(kept / all), and the norms that read it by the inverse.
+    A norm between a matrix and the stream hands on what it reads in that scale.
     """
     facts = student.facts
     pieces = _pieces(facts, kept)
     scales = _stream_scales(facts, len(kept.hidden))
+    norms = facts.all_norms()
     config = {**student.config, **width_sizes(after)}
     with StudentWriter(dst, student, config) as writer:
         # What no fact names (a copy of a tied head, say) could not be kept in step.
@@ -95,7 +101,10 @@ def narrow(student: Student, dst: Path, kept: KeptWidth, after: DecoderFacts) ->
                 if len(places) != values.shape[axis]:
                     values = values.take(places, axis=axis)
             if scales.get(name, 1.0) != 1.0:
-                values = (values * np.float64(scales[name])).astype(np.float32)
+                # A norm multiplies by its weight with the offset on it.
+                offset = facts.norm_offset if name in norms else 0.0
+                scaled = (values + np.float64(offset)) * np.float64(scales[name]) - offset
+                values = scaled.astype(np.float32)
             writer.write(name, values)
 
 
@@ -134,12 +143,14 @@ def _stream_scales(facts: DecoderFacts, hidden: int) -> dict[str, float]:
     if hidden == facts.hidden_size:
         return {}
     scale = (hidden / facts.hidden_size) ** 0.5
-    scales = {facts.embedding: scale}
+    # An embedding that is multiplied by the root of the width is scaled by that already.
+    embedded = 1.0 if facts.scaled_embedding else scale
+    scales = {facts.embedding: embedded}
     for layer in range(facts.layers):
         linears, norms, biases = facts.linears(layer), facts.norms(layer), facts.biases(layer)
         scales |= {linears["o"]: scale, linears["down"]: scale}
         scales |= {norms["attention"]: 1 / scale, norms["ffn"]: 1 / scale}
         scales |= {biases["o"]: scale} if "o" in biases else {}
     # A tied head is the scaled embedding, which its norm makes up for.
-    scales[facts.final_norm] = 1 / scale**2 if facts.tied_embeddings else 1 / scale
+    scales[facts.final_norm] = 1 / (scale * embedded) if facts.tied_embeddings else 1 / scale
     return scales

@@ -14,7 +14,7 @@ from edgedistill.decoder import DecoderFacts
 from edgedistill.errors import EdgedistillError
 from edgedistill.estimate import artifact_bytes
 from edgedistill.kv_cache import kv_cache_problems
-from edgedistill.plugins import did_you_mean, load_plugin
+from edgedistill.plugins import did_you_mean, load_plugin, plugin_names
 from edgedistill.quantized import Grid
 from edgedistill.recipe import Recipe, StageStep
 from edgedistill.recipe_yaml import Place
@@ -45,6 +45,7 @@ def check_recipe(recipe: Recipe, facts: DecoderFacts | None) -> list[Finding]:
     findings += [Finding(*problem) for problem in kv_cache_problems(recipe, facts)]
     if facts is not None:
         findings += [*_check_context(recipe, facts), *_check_stages(recipe, facts)]
+        findings += _check_formats(recipe, facts)
         findings += [*_check_grids(recipe, facts), *_check_budgets(recipe, facts)]
     return findings
 
@@ -222,6 +223,22 @@ def _check_context(recipe: Recipe, facts: DecoderFacts) -> Iterator[Finding]:
             f"{recipe.context_tokens} is more than the student's {facts.max_context_tokens}",
             f"the most that it can hold is {facts.max_context_tokens}",
         )
+
+
+def _check_formats(recipe: Recipe, facts: DecoderFacts) -> Iterator[Finding]:
+    """Formats that cannot carry what the student computes, whatever its sizes are."""
+    places: dict[Place, str] = {("export", i): name for i, name in enumerate(recipe.export or ())}
+    places |= {("targets", n, "format"): target.format for n, target in recipe.targets.items()}
+    able = [n for n in plugin_names("exporters") if not _format_problems(n, facts)]
+    hint = f"export it to {' or '.join(able)}" if able else None
+    for place, name in places.items():
+        for problem in _format_problems(name, facts):
+            yield Finding(place, problem, hint)
+
+
+def _format_problems(name: str, facts: DecoderFacts) -> list[str]:
+    found: list[str] = load_plugin("exporters", name)().problems(facts)
+    return found
 
 
 def _check_stages(recipe: Recipe, facts: DecoderFacts) -> Iterator[Finding]:

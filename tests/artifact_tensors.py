@@ -103,11 +103,11 @@ class GgufTensors(Tensors):
         self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
 
     def __getitem__(self, name: str) -> Array:
-        values: Array = self._tensors[tensor_name(name)].data
+        values: Array = self._tensors[tensor_name(self.facts, name)].data
         return values
 
     def scales(self, name: str) -> Array:
-        tensor = self._tensors[tensor_name(name)]
+        tensor = self._tensors[tensor_name(self.facts, name)]
         blocks = tensor.data.reshape(
             len(tensor.data), -1, self._BLOCK_BYTES[tensor.tensor_type.name]
         )

@@ -163,6 +163,8 @@ def _edit_tokenizer(student: Path, family: str) -> None:
     """
     path = student / "tokenizer.json"
     tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    if tokenizer["model"].get("byte_fallback"):
+        return  # merges digits in any case
     vocabulary, merges = tokenizer["model"]["vocab"], tokenizer["model"]["merges"]
     pairs = [tuple(m) if isinstance(m, list) else tuple(m.split(" ", 1)) for m in merges]
     parts = {part for pair in pairs for part in pair}

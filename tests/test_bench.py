@@ -393,6 +393,13 @@ def test_a_decode_step_reads_all_weights_and_its_cache(tiny: Callable[[str], Pat
     assert bytes_per_token(tied, {}, 1_000_000, 100) == 1_000_000 + 100 * cache
 
 
+def test_a_layer_that_slides_reads_its_window_alone(tiny: Callable[[str], Path]) -> None:
+    facts = Student(tiny("gemma3")).facts  # two of three layers see 16 tokens
+    token = 2 * 2 * 32 * 2  # (keys, values) x heads x width x float16
+    assert bytes_per_token(facts, {}, 1_000_000, 10) == 1_000_000 + 3 * 10 * token
+    assert bytes_per_token(facts, {}, 1_000_000, 100) == 1_000_000 + (100 + 2 * 16) * token
+
+
 def test_an_embedding_of_its_own_is_not_read(tiny: Callable[[str], Path]) -> None:
     untied = Student(tiny("mistral")).facts
     whole = untied.parameters * 2

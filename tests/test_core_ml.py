@@ -20,7 +20,7 @@ from edgedistill.runtimes.core_ml import CoreMl
 from edgedistill.session import Session
 from edgedistill.student import Student, StudentWriter, dequantize_student
 from tests.rounded import round_student
-from tests.tiny import FAMILY_CONFIGS, write_student
+from tests.tiny import PLAIN_FAMILIES, write_student
 
 CONTEXT_TOKENS = 250
 IDS = np.random.default_rng(7).integers(0, 512, CONTEXT_TOKENS).tolist()
@@ -85,7 +85,7 @@ def all_logits(artifact: Path, precision: Precision) -> Floats:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILY_CONFIGS)
+@pytest.mark.parametrize("family", PLAIN_FAMILIES)
 def test_the_package_is_the_model(family: str, tiny: Tiny, artifact: Callable[[str], Path]) -> None:
     same_weights = judge(tiny(family), IDS, float16=(1, 2))
     assert divergence(same_weights, all_logits(artifact(family), "float32")) <= 1e-6

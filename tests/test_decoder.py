@@ -98,3 +98,43 @@ def test_a_missing_key_is_named(tiny: Callable[[str], Path]) -> None:
     del config["rms_norm_eps"]
     with pytest.raises(InputError, match="rms_norm_eps"):
         DecoderFacts.from_config(config)
+
+
+def test_gemmas_config_of_transformers_4_and_5_is_the_same_fact(
+    tiny: Callable[[str], Path],
+) -> None:
+    config = Student(tiny("gemma3")).config
+    older = {k: v for k, v in config.items() if k not in ("rope_parameters", "layer_types")}
+    older |= {"rope_theta": 10000.0, "rope_local_base_freq": 500.0, "sliding_window_pattern": 2}
+    assert DecoderFacts.from_config(older) == DecoderFacts.from_config(config)
+    # What a config may leave out, transformers fills in; every sixth layer attends to all.
+    bare = {k: v for k, v in older.items() if not k.startswith(("rope_", "sliding_window_p"))}
+    facts = DecoderFacts.from_config(bare | {"num_hidden_layers": 7})
+    assert facts.sliding_layers == (True,) * 5 + (False, True)
+    assert facts.rope_of(5).theta == 1e6
+    assert facts.rope_of(6).theta == 1e4
+    assert facts.window_of(5) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping 30"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"hidden_activation": "silu"}, "hidden_activation 'silu'"),
+        ({"layer_types": ["full_attention"]}, "layer_types"),
+        ({"layer_types": ["chunked_attention"] * 3}, "layer_types"),
+        ({"sliding_window": None}, "sliding_window"),
+        ({"query_pre_attn_scalar": 0}, "query_pre_attn_scalar"),
+        ({"rope_parameters": ["full"]}, "wrong kind"),
+        ({"model_type": "gemma3"}, "model_type 'gemma3'"),
+    ],
+)
+def test_what_the_facts_of_gemma_do_not_cover_is_refused_by_name(
+    tiny: Callable[[str], Path], change: dict[str, Any], named: str
+) -> None:
+    config = Student(tiny("gemma3")).config | change
+    with pytest.raises(InputError, match=named):
+        DecoderFacts.from_config(config)

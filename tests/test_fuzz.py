@@ -92,11 +92,11 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_student(tmp_path_factory.mktemp("fuzz") / "student", "llama3", **SMALL)
 
 
-@pytest.fixture(scope="module")
-def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["llama", "gemma3"])
+def gguf(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     """A GGUF file that our own intake takes: a llama3 of this size has not Llama 3.1's bands."""
     root = tmp_path_factory.mktemp("gguf")
-    student = write_student(root / "student", "llama", **SMALL)
+    student = write_student(root / "student", request.param, **SMALL)
     load_plugin("exporters", "gguf")().export(Student(student), root, context_tokens=64)
     return root / "model.gguf"
 
@@ -141,14 +141,17 @@ def test_safetensors_with_a_damaged_header(tmp_path: Path) -> None:
     assert refused > 300
 
 
-def test_configs_with_damaged_values(copied: Path) -> None:
+@pytest.mark.parametrize("family", ["llama3", "gemma3"])
+def test_configs_with_damaged_values(tmp_path: Path, family: str) -> None:
+    copied = write_student(tmp_path / "copied", family, **SMALL)
     path = copied / "config.json"
     config = json.loads(path.read_text())
 
     def read(text: str) -> None:
         path.write_text(text)
         facts = read_facts(copied)
-        facts.rope.inverse_frequencies(facts.head_dim)
+        for layer in (0, facts.layers - 1):
+            facts.rope_of(layer).inverse_frequencies(facts.head_dim)
 
     refused, taken = refusals(damaged_json(config), read, 500)
     assert refused > 50

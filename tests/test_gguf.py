@@ -30,6 +30,25 @@ BLOCK_MATRICES = {
 }
 
 
+# Its norms, likewise: those of Gemma 3 lie on both sides of a half block.
+NORMS = {
+    "others": {
+        "output_norm": "norm",
+        "blk.2.attn_norm": "layers.2.input_layernorm",
+        "blk.2.ffn_norm": "layers.2.post_attention_layernorm",
+    },
+    "gemma3": {
+        "output_norm": "norm",
+        "blk.2.attn_norm": "layers.2.input_layernorm",
+        "blk.2.attn_q_norm": "layers.2.self_attn.q_norm",
+        "blk.2.attn_k_norm": "layers.2.self_attn.k_norm",
+        "blk.2.post_attention_norm": "layers.2.post_attention_layernorm",
+        "blk.2.ffn_norm": "layers.2.pre_feedforward_layernorm",
+        "blk.2.post_ffw_norm": "layers.2.post_feedforward_layernorm",
+    },
+}
+
+
 def _export(student: Path, dst: Path, context_tokens: int = 128) -> Path:
     dst.mkdir(exist_ok=True)
     Gguf().export(Student(student), dst, context_tokens=context_tokens)
@@ -104,7 +123,7 @@ def _unpack(kind: int, blocks: npt.NDArray[np.uint8]) -> dict[str, npt.NDArray[A
     return unpacked | ({"minima": numbers[..., 1]} if header == 4 else {})
 
 
-@pytest.mark.parametrize("family", ["llama", "llama3", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "llama3", "qwen3", "gemma3"])
 @pytest.mark.parametrize(
     ("grid", "kind"),
     [(Grid(8, 32), 8), (Grid(4, 32), 2), (Grid(4, 32, "integer"), 3), (Grid(2, 64), 42)],
@@ -163,10 +182,10 @@ def test_float_matrices_are_float16_and_vectors_float32(
         assert np.array_equal(blocks.view("<f2"), student.read(name).astype(np.float16))
     vectors = {t.name: t for t in gguf.GGUFReader(path).tensors if len(t.shape) == 1}
     assert {int(t.tensor_type) for t in vectors.values()} == {0}
-    assert np.array_equal(
-        vectors["blk.2.ffn_norm.weight"].data,
-        student.read("model.layers.2.post_attention_layernorm.weight"),
-    )
+    for stem, name in NORMS["gemma3" if family == "gemma3" else "others"].items():
+        # llama.cpp multiplies by what is stored, transformers' Gemma by 1 + w.
+        used = student.read(f"model.{name}.weight") + np.float32(family == "gemma3")
+        assert np.array_equal(vectors[f"{stem}.weight"].data, used)
     assert ("rope_freqs.weight" in vectors) == (family == "llama3")
     assert ("output.weight" in GgufFile(path).tensors) == (not student.facts.tied_embeddings)
 
@@ -200,8 +219,15 @@ def test_metadata_state_the_model_and_the_context_that_is_claimed(
     assert fields[f"{architecture}.attention.layer_norm_rms_epsilon"] == pytest.approx(1e-5)
     assert fields["general.file_type"] == 1
     assert fields["general.quantization_version"] == 2
-    assert fields["tokenizer.ggml.model"] == "gpt2"
-    assert fields["tokenizer.ggml.pre"] == "smollm"
+    gemma = family == "gemma3"
+    assert fields["tokenizer.ggml.model"] == ("llama" if gemma else "gpt2")
+    assert fields["tokenizer.ggml.pre"] == ("default" if gemma else "smollm")
+    if gemma:
+        assert fields["gemma3.attention.sliding_window"] == 16
+        assert fields["gemma3.attention.sliding_window_pattern"] == [True, False, True]
+        assert fields["gemma3.rope.freq_base_swa"] == 500.0
+        assert fields["tokenizer.ggml.add_space_prefix"] is False
+        assert fields["tokenizer.ggml.add_bos_token"] is False  # as the student's tokenizer
     assert fields["tokenizer.ggml.eos_token_id"] == 2
 
 

@@ -15,6 +15,7 @@ from edgedistill.gguf_file import GgufFile
 from edgedistill.gguf_intake import convert_gguf, read_gguf_facts
 from edgedistill.runtimes.llama_cpp import LlamaCpp
 from edgedistill.student import Student, read_json, write_json
+from tests.artifact_tensors import rewrite_gguf
 from tests.hard_text import hard_strings
 from tests.tiny import FAMILY_CONFIGS
 
@@ -62,7 +63,7 @@ def exported(tiny: Tiny, tmp_path: Path) -> Path:
     return _gguf(tiny("llama"), tmp_path / "exported")
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma3"])
 def test_the_model_that_comes_back_computes_what_went_in(
     tiny: Tiny, tmp_path: Path, family: str
 ) -> None:
@@ -81,6 +82,68 @@ def test_the_model_that_comes_back_computes_what_went_in(
         assert torch.equal(original(ids).logits, returned(ids).logits)
     assert read_gguf_facts(tmp_path / "out" / "model.gguf") == student.facts
     assert student.facts.max_context_tokens == 128
+
+
+PATTERN, SLIDING_BASE = "gemma3.attention.sliding_window_pattern", "gemma3.rope.freq_base_swa"
+
+
+@pytest.mark.parametrize(
+    ("without", "slides", "theta"),
+    [
+        # What llama.cpp takes where the file does not say.
+        ((PATTERN, SLIDING_BASE), [True, True, True], 10000.0),
+        (("gemma3.attention.sliding_window",), [], None),
+    ],
+)
+def test_how_the_layers_of_gemma_attend_is_read_as_llama_cpp_reads_it(
+    tiny: Tiny,
+    tmp_path: Path,
+    without: tuple[str, ...],
+    slides: list[bool],
+    theta: float | None,
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    file = _gguf(tiny("gemma3"), tmp_path / "out")
+    rewrite_gguf(file.parent, dict.fromkeys(without))
+    student = _back(file, tmp_path / "back")
+    facts = student.facts
+    assert list(facts.sliding_layers) == slides
+    assert (facts.sliding_rope.theta if facts.sliding_rope else None) == theta
+    model = AutoModelForCausalLM.from_pretrained(student.path, dtype=torch.float32)
+    ids = list(range(100, 200))
+    with LlamaCpp().open(file, context_tokens=128, threads=1) as session, torch.no_grad():
+        found = np.concatenate(list(session.stream_logits(ids)))
+        expected = model(torch.tensor([ids])).logits[0].numpy()
+    assert np.abs(expected - found).max() < 0.2
+    assert expected.std() > 1
+
+
+def test_a_pattern_that_is_a_number_says_which_layers_attend_to_all(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    file = _gguf(tiny("gemma3"), tmp_path / "out")
+    rewrite_gguf(file.parent, {}, added={PATTERN: 3})
+    assert read_gguf_facts(file).sliding_layers == (True, True, False)
+
+
+@pytest.mark.parametrize(
+    ("added", "message"),
+    [
+        ({"gemma3.final_logit_softcapping": 30.0}, "final_logit_softcapping 30"),
+        ({PATTERN: [True, False]}, "sliding_window_pattern is not one of 3 layers"),
+        ({"gemma3.block_count": 1 << 30}, "block_count is 1073741824"),
+        ({"gemma3.rope.scaling.type": "yarn"}, "yarn"),
+    ],
+)
+def test_a_gemma_that_computes_something_else_is_refused(
+    tiny: Tiny, tmp_path: Path, added: dict[str, Any], message: str
+) -> None:
+    file = _gguf(tiny("gemma3"), tmp_path / "out")
+    rewrite_gguf(file.parent, {}, added=added)
+    with pytest.raises(InputError, match=message):
+        _back(file, tmp_path / "back")
 
 
 def test_llama_3s_scaling_of_the_positions_is_found_again(tmp_path: Path) -> None:
@@ -125,11 +188,12 @@ def test_biases_come_back_in_their_order(tmp_path: Path) -> None:
     assert np.array_equal(student.read(name), Student(source).read(name))
 
 
-def test_the_tokenizer_that_comes_back_is_the_same(tiny: Tiny, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_the_tokenizer_that_comes_back_is_the_same(tiny: Tiny, tmp_path: Path, family: str) -> None:
     from transformers import AutoTokenizer
 
-    student = _back(_gguf(tiny("llama"), tmp_path / "out"), tmp_path / "back")
-    original, returned = (AutoTokenizer.from_pretrained(d) for d in (tiny("llama"), student.path))
+    student = _back(_gguf(tiny(family), tmp_path / "out"), tmp_path / "back")
+    original, returned = (AutoTokenizer.from_pretrained(d) for d in (tiny(family), student.path))
     for text in hard_strings(300, seed=3, special=SPECIAL):
         assert returned(text).input_ids == original(text).input_ids
     for name in ("bos_token", "eos_token", "unk_token", "pad_token", "chat_template"):
@@ -146,10 +210,11 @@ def test_the_tokenizer_that_comes_back_is_the_same(tiny: Tiny, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architecture": "gemma3"}, "its architecture is 'gemma3'"),
+        ({"architecture": "gemma4"}, "its architecture is 'gemma4'"),
         ({"general_type": "adapter"}, "of the type 'adapter'"),
         ({"tokenizer_ggml_pre": "tekken"}, r"tokenizer\.ggml\.pre is 'tekken'"),
-        ({"tokenizer_ggml_model": "llama"}, r"tokenizer\.ggml\.model is 'llama'"),
+        ({"tokenizer_ggml_model": "bert"}, r"tokenizer\.ggml\.model is 'bert'"),
+        ({"tokenizer_ggml_model": "llama"}, "puts a space before a text"),
         ({"tokenizer_ggml_merges": ["q zz"]}, "the merge 'q zz'"),
         ({"tokenizer_ggml_tokens": ["a", "a"]}, "has no tokens, or not one type for each"),
         ({"tokenizer_ggml_token_type": [6] * 512}, "of the type 6"),

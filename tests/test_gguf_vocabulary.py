@@ -128,7 +128,6 @@ def test_a_chat_template_in_the_config_is_found(copied: Path) -> None:
     ("change", "message"),
     [
         ({"model": {"type": "Unigram", "vocab": []}}, "a Unigram model"),
-        ({"model": {"type": "BPE", "byte_fallback": True}}, "byte fallback"),
         ({"model": {"type": "BPE", "end_of_word_suffix": "</w>"}}, "prefixes or suffixes"),
         ({"normalizer": {"type": "Lowercase"}}, "the normalizer Lowercase"),
     ],

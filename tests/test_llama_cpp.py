@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -68,6 +69,30 @@ def test_logits_are_those_of_transformers_in_float32(
     assert _kl(expected[1:], found[:-1]) > 1
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"layer_types": ["full_attention"] * 3},
+        {"layer_types": ["full_attention", "sliding_attention", "sliding_attention"]},
+        {
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 2000.0, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+            }
+        },
+    ],
+    ids=["all full", "other layers", "linear"],
+)
+def test_layers_of_gemma_attend_as_their_config_says(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    from tests.tiny import write_student
+
+    student = write_student(tmp_path / "student", "gemma3", **changes)
+    with _open(student, tmp_path / "out") as session:
+        assert _kl(_float32_logits(student, IDS), _streamed(session, IDS)) < 1e-4
+
+
 @pytest.mark.parametrize("change", ["attention_bias", "linear"])
 def test_variants_of_a_family_are_the_same_model(tmp_path: Path, change: str) -> None:
     from tests.tiny import write_student
@@ -84,7 +109,7 @@ def test_variants_of_a_family_are_the_same_model(tmp_path: Path, change: str) ->
 @pytest.mark.parametrize(
     "grid", [Grid(8, 32), Grid(4, 32), Grid(4, 32, "integer"), Grid(2, 64)], ids=str
 )
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
 def test_a_quantized_student_is_its_own_dequantized_copy(
     tiny: Tiny, tmp_path: Path, family: str, grid: Grid
 ) -> None:
@@ -103,13 +128,14 @@ def test_a_quantized_student_is_its_own_dequantized_copy(
 
 
 @pytest.mark.parametrize("start", [0, 40])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_tails_read_in_a_batch_are_what_each_is_alone(
-    tiny: Tiny, tmp_path: Path, start: int
+    tiny: Tiny, tmp_path: Path, family: str, start: int
 ) -> None:
     rng = np.random.default_rng(1)
     lengths = [1, 2, 63, 5, 64, 65, 30, 31, 200, 7, *rng.integers(1, 20, 150)]
     tails = [rng.integers(3, 512, n).tolist() for n in lengths]
-    with _open(tiny("llama"), tmp_path) as session:
+    with _open(tiny(family), tmp_path) as session:
         if start:
             session.prefill(IDS[:start])
         together = np.stack(list(session.prefill_each(tails)))
@@ -134,8 +160,11 @@ def test_a_tail_beyond_the_context_is_refused(tiny: Tiny, tmp_path: Path) -> Non
             list(session.prefill_each([IDS[:2], IDS[:57]]))
 
 
-def test_prefill_and_token_by_token_agree_with_the_stream(tiny: Tiny, tmp_path: Path) -> None:
-    with _open(tiny("llama"), tmp_path) as session:
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_prefill_and_token_by_token_agree_with_the_stream(
+    tiny: Tiny, tmp_path: Path, family: str
+) -> None:
+    with _open(tiny(family), tmp_path) as session:
         streamed = _streamed(session, IDS)
         assert session.position == 200
         session.reset()
@@ -147,8 +176,10 @@ def test_prefill_and_token_by_token_agree_with_the_stream(tiny: Tiny, tmp_path: 
     assert _kl(streamed, stepped) < 1e-4
 
 
-def test_rewinding_forgets_what_came_after(tiny: Tiny, tmp_path: Path) -> None:
-    with _open(tiny("llama"), tmp_path) as session:
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_rewinding_forgets_what_came_after(tiny: Tiny, tmp_path: Path, family: str) -> None:
+    """Also what a sliding window, of 16 tokens here, had left behind."""
+    with _open(tiny(family), tmp_path) as session:
         session.prefill(IDS[:50])
         expected = session.step(IDS[50])
         session.prefill(IDS[100:150])
@@ -204,13 +235,14 @@ def test_tokens_that_cannot_be_appended_are_refused(tiny: Tiny, tmp_path: Path) 
         session.prefill([1] * 64)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_text_is_tokenized_with_special_tokens_and_nothing_added(
-    tiny: Tiny, tmp_path: Path
+    tiny: Tiny, tmp_path: Path, family: str
 ) -> None:
     from transformers import AutoTokenizer
 
-    judge = AutoTokenizer.from_pretrained(tiny("llama"))
-    with _open(tiny("llama"), tmp_path) as session:
+    judge = AutoTokenizer.from_pretrained(tiny(family))
+    with _open(tiny(family), tmp_path) as session:
         assert session.tokenize("") == []
         for text in ("<|im_start|>user\nhi 123<|im_end|>", "a\0b", "🙂" * 500):
             assert session.tokenize(text) == judge(text, add_special_tokens=False).input_ids

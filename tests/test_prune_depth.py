@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from edgedistill.pruned_student import drop_layers
 from edgedistill.pruning_results import PRUNING_FILE, DomainLoss, Pruning, second_loses_more
 from edgedistill.stages.prune_depth import PruneDepth
 from edgedistill.stages.quantize_rtn import QuantizeRtn
-from edgedistill.student import Student, read_json
+from edgedistill.student import Student, read_json, write_json
 from tests.pruned import edited, empty, load, logits, mean_kl, random_ids, without_effect
 from tests.tiny import FAMILY_CONFIGS, write_student
 
@@ -47,6 +48,8 @@ def test_the_shallower_student_equals_the_whole_one_with_blocks_skipped(
     for number, layer in enumerate(model.model.layers):
         layer.self_attn.layer_idx = number
     model.config.num_hidden_layers = 2
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = [model.config.layer_types[layer] for layer in (0, 2)]
     pruned = load(tmp_path / "out")
     assert len(pruned.model.layers) == 2
     ids = random_ids()
@@ -200,3 +203,15 @@ def test_a_text_too_short_to_hold_any_out_is_refused(deep: Path, tmp_path: Path)
     calibration = Calibration(file=file, tokens=64, sequence_tokens=64)
     with pytest.raises(InputError, match="held out"):
         PruneDepth(layers=1, calibration=calibration).run(deep, empty(tmp_path / "out"))
+
+
+def test_layers_keep_their_kind_where_the_config_counts_them(tiny: Tiny, tmp_path: Path) -> None:
+    """A pattern that is stated as a number would give the layer that is last now another kind."""
+    source = Path(shutil.copytree(tiny("gemma3"), tmp_path / "source"))
+    config = read_json(source / "config.json") | {"sliding_window_pattern": 2}
+    del config["layer_types"]
+    write_json(source / "config.json", config)
+    drop_layers(Student(source), empty(tmp_path / "out"), (0,))
+    facts = Student(tmp_path / "out").facts
+    assert facts.sliding_layers == (False, True)
+    assert load(tmp_path / "out").config.layer_types == ["full_attention", "sliding_attention"]

@@ -100,7 +100,7 @@ def test_every_text_is_written_as_before(both: Both) -> None:
     assert cut > 20  # tokens of theirs did go
 
 
-@pytest.mark.parametrize("family", ["llama", "llama3", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "llama3", "qwen2", "gemma3"])
 def test_logits_are_those_of_the_kept_tokens(tiny: Tiny, tmp_path: Path, family: str) -> None:
     out = pruned(tiny(family), tmp_path)
     kept = torch.tensor(kept_by_name(tiny(family), out))

@@ -124,11 +124,14 @@ def test_no_rung_gets_three_bits_that_one_of_its_formats_lacks(
 
 
 @pytest.mark.slow
-def test_predicted_losses_are_those_that_transformers_measures(tiny: Tiny, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["qwen3", "gemma3"])
+def test_predicted_losses_are_those_that_transformers_measures(
+    tiny: Tiny, tmp_path: Path, family: str
+) -> None:
     """One matrix at a time is put into the float student as it was quantized."""
     from transformers import AutoModelForCausalLM
 
-    student = Student(tiny("qwen3"))
+    student = Student(tiny(family))
     facts = student.facts
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(3, facts.vocab_size, (40, 48), generator=draw)

@@ -68,14 +68,14 @@ export: [gguf]
 
 @pytest.fixture(scope="module")
 def quantized(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Quantized:
-    """A tiny llama rounded to nearest, for the fields of ``quantize_rtn``; made once each."""
+    """A tiny student rounded to nearest, for the fields of ``quantize_rtn``; made once each."""
     made: dict[str, Path] = {}
 
-    def make(**fields: Any) -> Path:
-        key = str(sorted(fields.items()))
+    def make(family: str = "llama", **fields: Any) -> Path:
+        key = f"{family} {sorted(fields.items())}"
         if key not in made:
             made[key] = tmp_path_factory.mktemp("quantized")
-            QuantizeRtn(**fields).run(tiny("llama"), made[key])
+            QuantizeRtn(**fields).run(tiny(family), made[key])
         return made[key]
 
     return make
@@ -241,12 +241,14 @@ def test_any_training_ends_on_the_grid_that_formats_hold(grid: Grid) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fields", [{"bits": 2}, {"bits": 4}], ids=str)
+@pytest.mark.parametrize(
+    ("family", "bits"), [("llama", 2), ("llama", 4), ("gemma3", 2), ("gemma3", 4)]
+)
 @pytest.mark.parametrize("trained", ["scales", "codes"])
 def test_recovery_lowers_the_kl_that_transformers_measures_and_moves_what_it_may(
-    tiny: Tiny, quantized: Quantized, tmp_path: Path, fields: dict[str, Any], trained: GridTrained
+    tiny: Tiny, quantized: Quantized, tmp_path: Path, family: str, bits: int, trained: GridTrained
 ) -> None:
-    src, teacher = quantized(**fields), tiny("llama")
+    src, teacher = quantized(family, bits=bits), tiny(family)
     found = _recover(Recover(trained=trained, **BUDGET), src, out := tmp_path / "out", teacher)
     # The built-in texts are shorter than `calibration.tokens`, so it is their end that is held out.
     text = torch.from_numpy(np.stack(calibration_ids(src, SHORT, Chat())[-4:]))

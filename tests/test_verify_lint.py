@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from edgedistill.errors import InputError
+from edgedistill.gguf_layout import tensor_name
 from edgedistill.plugins import load_plugin
 from edgedistill.quantized import Grid
 from edgedistill.results import Check
@@ -21,7 +22,7 @@ from edgedistill.verify.lint_gguf import checkpoint_name
 from edgedistill.verify.side_files import read_ends
 from edgedistill.verify.stated import table_frequencies, theta_and_divisors
 from tests.rounded import round_student, round_tensor
-from tests.tiny import FAMILY_CONFIGS
+from tests.tiny import EXPORTS
 
 Tiny = Callable[[str], Path]
 FORMATS = ("gguf", "onnx", "coreml")
@@ -52,8 +53,7 @@ def edit_json(path: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
     path.write_text(json.dumps(value))
 
 
-@pytest.mark.parametrize("family", FAMILY_CONFIGS)
-@pytest.mark.parametrize("format_name", FORMATS)
+@pytest.mark.parametrize(("family", "format_name"), EXPORTS)
 def test_what_is_exported_passes(tiny: Tiny, tmp_path: Path, family: str, format_name: str) -> None:
     checks = lint(export(tiny(family), tmp_path / "a", format_name), format_name, tiny(family))
     assert failed(checks) == set(), checks
@@ -77,6 +77,8 @@ def test_what_is_exported_passes(tiny: Tiny, tmp_path: Path, family: str, format
         "tied embeddings",
         "chat template",
     }
+    if family == "gemma3":
+        everywhere |= {"sliding window", "sliding layers", "RoPE theta of sliding layers"}
     assert everywhere <= names
 
 
@@ -106,6 +108,26 @@ def other_scaling(config: dict[str, Any]) -> None:
 
 def epsilon(config: dict[str, Any]) -> None:
     config["rms_norm_eps"] = 1e-6
+
+
+def window(config: dict[str, Any]) -> None:
+    config["sliding_window"] = 8
+
+
+def layers_that_slide(config: dict[str, Any]) -> None:
+    config["layer_types"] = ["sliding_attention", "sliding_attention", "full_attention"]
+
+
+def no_layer_slides(config: dict[str, Any]) -> None:
+    config["layer_types"] = ["full_attention"] * 3
+
+
+def sliding_theta(config: dict[str, Any]) -> None:
+    config["rope_parameters"]["sliding_attention"]["rope_theta"] = 10000.0
+
+
+def full_theta(config: dict[str, Any]) -> None:
+    config["rope_parameters"]["full_attention"]["rope_theta"] = 1e6
 
 
 CONFIG_FAULTS: dict[str, tuple[Callable[[dict[str, Any]], None], str, str]] = {
@@ -281,13 +303,36 @@ def test_frequencies_are_read_off_the_tables(base: float, dtype: Any, places: in
     np.testing.assert_allclose(divisors, 1.0, rtol=4e-2 if dtype == np.float16 else 2e-4)
 
 
-def test_names_of_a_gguf_are_the_packages_own(tiny: Tiny) -> None:
+@pytest.mark.parametrize("family", ["qwen3", "gemma3"])
+def test_names_of_a_gguf_are_the_packages_own(tiny: Tiny, family: str) -> None:
     import gguf
 
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, 3)
-    for name in Student(tiny("qwen3")).facts.tensor_shapes():
-        there = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        assert checkpoint_name(str(there)) == name
+    facts = Student(tiny(family)).facts
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[family.upper()], 3)
+    for name in facts.tensor_shapes():
+        there = str(names.get_name(name, try_suffixes=(".weight", ".bias")))
+        assert tensor_name(facts, name) == there
+        assert checkpoint_name(there, family) == name
+
+
+@pytest.mark.parametrize(
+    ("fault", "name"),
+    [
+        (window, "sliding window"),
+        (layers_that_slide, "sliding layers"),
+        (sliding_theta, "RoPE theta of sliding layers"),
+        (full_theta, "RoPE theta"),
+        (no_layer_slides, "sliding window"),
+    ],
+)
+def test_what_a_gemma_does_otherwise_is_named(
+    tiny: Tiny, tmp_path: Path, fault: Callable[[dict[str, Any]], None], name: str
+) -> None:
+    faulty = shutil.copytree(tiny("gemma3"), tmp_path / "faulty")
+    edit_json(faulty / "config.json", fault)
+    found = failed(lint(export(faulty, tmp_path / "a", "gguf"), "gguf", tiny("gemma3")))
+    assert name in found
+    assert found <= {name, "sliding layers", "RoPE theta of sliding layers"}
 
 
 @pytest.mark.parametrize("format_name", FORMATS)

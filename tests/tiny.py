@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tests.tiny_sentencepiece import write_sentencepiece
+
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
@@ -37,11 +39,37 @@ FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
     "mistral": {"model_type": "mistral", "tie_word_embeddings": False, "sliding_window": None},
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", "tie_word_embeddings": True, "head_dim": 32},
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "tie_word_embeddings": True,
+        "head_dim": 32,
+        "query_pre_attn_scalar": 32,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "sliding_window": 16,
+        "sliding_window_pattern": 2,  # every second layer attends to all
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+        },
+    },
 }
+# Those that every format holds; Gemma 3 is refused by name outside GGUF.
+PLAIN_FAMILIES = [family for family in FAMILY_CONFIGS if family != "gemma3"]
+EXPORTS = [
+    (family, name)
+    for family in FAMILY_CONFIGS
+    for name in ("gguf", "onnx", "coreml")
+    if name == "gguf" or family in PLAIN_FAMILIES
+]
 
 
 def write_tokenizer(directory: Path, vocab_size: int = 512) -> None:
     """A byte-level BPE tokenizer of SmolLM's kind: digits one by one, then bytes."""
+    _write_byte_level(directory, vocab_size)
+    _write_side_files(directory)
+
+
+def _write_byte_level(directory: Path, vocab_size: int) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -63,6 +91,9 @@ def write_tokenizer(directory: Path, vocab_size: int = 512) -> None:
     filler = [f"<|unused_{i}|>" for i in range(vocab_size - tokenizer.get_vocab_size())]
     tokenizer.add_special_tokens(filler)
     tokenizer.save(str(directory / "tokenizer.json"))
+
+
+def _write_side_files(directory: Path) -> None:
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<|im_start|>",
@@ -102,17 +133,30 @@ def write_student(directory: Path, family: str = "llama", seed: int = 0, **chang
         "hidden_act": "silu",
     }
     fields |= FAMILY_CONFIGS[family] | changes
+    gemma = fields["model_type"] == "gemma3_text"
+    if gemma:
+        del fields["hidden_act"]
     torch.manual_seed(seed)
     config = AutoConfig.for_model(**fields)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
-                parameter.uniform_(0.5, 1.5)
+                parameter.uniform_(*(_gemma_norm(name) if gemma else (0.5, 1.5)))
             elif parameter.ndim == 2:
                 parameter.normal_(0.0, 0.35 if "embed" in name or "lm_head" in name else 0.12)
             else:
                 parameter.normal_(0.0, 0.3)
     model.save_pretrained(directory)
-    write_tokenizer(directory, fields["vocab_size"])
+    if gemma:
+        write_sentencepiece(directory, CORPUS, fields["vocab_size"])
+        _write_side_files(directory)
+    else:
+        write_tokenizer(directory, fields["vocab_size"])
     return directory
+
+
+def _gemma_norm(name: str) -> tuple[float, float]:
+    """Of weights w where 1 + w multiplies; those behind a half let it count beside embeddings."""
+    behind = "post_attention" in name or "post_feedforward" in name
+    return (1.5, 3.5) if behind else (-0.5, 0.5)

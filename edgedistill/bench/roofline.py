@@ -68,11 +68,12 @@ def bytes_per_token(
         facts: of the student.
         grids: of its quantized tensors; empty when it is float.
         weight_bytes: of all weight data in the artifact.
-        depth_tokens: tokens in the cache.
+        depth_tokens: tokens in the cache; a layer with a sliding window reads those in it.
         kv_cache_bits: of one number in it.
     """
-    cache = 2 * facts.layers * facts.kv_heads * facts.head_dim * kv_cache_bits // 8
-    read = weight_bytes + cache * depth_tokens
+    token = 2 * facts.kv_heads * facts.head_dim * kv_cache_bits // 8
+    windows = (facts.window_of(layer) or depth_tokens for layer in range(facts.layers))
+    read = weight_bytes + sum(token * min(window, depth_tokens) for window in windows)
     if facts.tied_embeddings:
         return read
     rows, columns = facts.vocab_size, facts.hidden_size

@@ -13,8 +13,10 @@ from typing import Any, ClassVar
 
 import edgedistill
 from edgedistill.coreml_weights import TABLE_BITS
+from edgedistill.decoder import DecoderFacts
 from edgedistill.errors import InputError
 from edgedistill.exporter import Exporter
+from edgedistill.plain_blocks import plain_block_problems
 from edgedistill.quantized import FIXED_ZERO, Grid
 from edgedistill.student import Student, copy_side_files, write_json
 
@@ -38,6 +40,10 @@ class Coreml(Exporter):
         """Every grid, with fixed and with integer zeros."""
         return grid.bits in FIXED_ZERO
 
+    def problems(self, facts: DecoderFacts) -> list[str]:
+        """Whatever its blocks have beyond plain ones: the graph has no nodes for it yet."""
+        return plain_block_problems(facts, "Core ML")
+
     def stored_bytes(self, shape: tuple[int, ...], grid: Grid | None) -> int:
         """Codes, float16 scales, zeros as wide as what they are taken from; float16 of all else."""
         weights = math.prod(shape)
@@ -58,6 +64,7 @@ class Coreml(Exporter):
                 student's.
             UnavailableError: coremltools is not installed.
         """
+        self.refuse_misfit(student)
         longest = student.facts.max_context_tokens
         if not 1 <= context_tokens <= longest:
             raise InputError(

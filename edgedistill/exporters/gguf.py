@@ -19,7 +19,14 @@ from edgedistill.errors import InputError
 from edgedistill.exporter import Exporter
 from edgedistill.gguf_blocks import F16, F32, LAYOUTS, BlockLayout, pack_blocks
 from edgedistill.gguf_file import GgufFile, gguf_package
-from edgedistill.gguf_layout import ARCHITECTURES, ROPE_DIVISORS, row_order, tensor_name
+from edgedistill.gguf_layout import (
+    ARCHITECTURES,
+    GEMMA3_27B_LAYERS,
+    ROPE_DIVISORS,
+    norm_offset,
+    row_order,
+    tensor_name,
+)
 from edgedistill.gguf_vocabulary import GgufVocabulary, read_vocabulary
 from edgedistill.progress import track
 from edgedistill.quantized import Grid, QTensor
@@ -44,6 +51,22 @@ class Gguf(Exporter):
         """8 and 4 bits in groups of 32, 2 bits in groups of 64; integer zeros at 4 bits alone."""
         return grid in LAYOUTS
 
+    def problems(self, facts: DecoderFacts) -> list[str]:
+        """What llama.cpp's architecture of Gemma 3 takes for granted (src/models/gemma3.cpp)."""
+        if ARCHITECTURES[facts.family] != "gemma3":
+            return []
+        width = facts.head_dim
+        if facts.layers == GEMMA3_27B_LAYERS:
+            width = facts.hidden_size // facts.heads
+        found = []
+        if not math.isclose(facts.attention_scale or 0.0, width**-0.5, rel_tol=1e-6):
+            found.append(f"query_pre_attn_scalar: llama.cpp takes {width} for it")
+        if facts.sliding_rope is not None and facts.sliding_rope.scaling is not None:
+            found.append("a RoPE scaling of the sliding layers, which llama.cpp has not")
+        if facts.rope.scaling is not None and facts.rope.scaling["rope_type"] != "linear":
+            found.append(f"the RoPE scaling {facts.rope.scaling['rope_type']} of {facts.family}")
+        return [f"{problem}: GGUF cannot carry that" for problem in found]
+
     def stored_bytes(self, shape: tuple[int, ...], grid: Grid | None) -> int:
         """Whole blocks; F16 of a matrix without a grid, F32 of a vector."""
         layout = LAYOUTS[grid] if grid else F16 if len(shape) == 2 else F32
@@ -51,6 +74,7 @@ class Gguf(Exporter):
 
     def export(self, student: Student, dst: Path, *, context_tokens: int) -> None:
         """Write ``model.gguf``; tied embeddings are stored once, llama.cpp ties them by itself."""
+        self.refuse_misfit(student)
         facts = student.facts
         if context_tokens > facts.max_context_tokens:
             raise InputError(
@@ -72,7 +96,7 @@ class Gguf(Exporter):
         if divisors is not None:
             _add_info(writer, ROPE_DIVISORS, divisors.shape, F32)
         for name, layout in layouts.items():
-            _add_info(writer, tensor_name(name), student.shape(name), layout)
+            _add_info(writer, tensor_name(facts, name), student.shape(name), layout)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -115,7 +139,9 @@ def _data(
     if name in student.grids:
         tensor = student.read_quantized(name)
         return pack_blocks(tensor if order is None else _reordered(tensor, order), name)
-    values = student.read(name)
+    values, offset = student.read(name), norm_offset(facts, name)
+    if offset:
+        values = values + np.float32(offset)
     if layout is F16:
         # Not-a-number is refused as well: it compares false.
         if not np.abs(values).max() <= FLOAT16_MAX:
@@ -169,17 +195,25 @@ def _add_model(writer: GGUFWriter, facts: DecoderFacts, context_tokens: int) -> 
     writer.add_rope_dimension_count(facts.head_dim)
     writer.add_rope_freq_base(facts.rope.theta)
     writer.add_layer_norm_rms_eps(facts.norm_eps)
+    if facts.window_tokens is not None and facts.sliding_rope is not None:
+        writer.add_sliding_window(facts.window_tokens)
+        writer.add_sliding_window_pattern(facts.sliding_layers)
+        writer.add_rope_freq_base_swa(facts.sliding_rope.theta)
     if facts.rope.scaling is not None and facts.rope.scaling["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf_package().RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(float(facts.rope.scaling["factor"]))
 
 
 def _add_vocabulary(writer: GGUFWriter, vocabulary: GgufVocabulary) -> None:
-    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(vocabulary.tokens)
     writer.add_token_types(vocabulary.types)
-    writer.add_token_merges(vocabulary.merges)
+    if vocabulary.scores is None:
+        writer.add_token_merges(vocabulary.merges)
+    else:
+        writer.add_token_scores(vocabulary.scores)
+        writer.add_add_space_prefix(False)
     for role, token in vocabulary.ids.items():
         writer.add_uint32(f"tokenizer.ggml.{role}_token_id", token)
     writer.add_add_bos_token(vocabulary.adds_bos)

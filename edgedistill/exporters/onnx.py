@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar
 
+from edgedistill.decoder import DecoderFacts
 from edgedistill.errors import InputError
 from edgedistill.exporter import Exporter
 from edgedistill.onnx_layout import KERNEL_BITS, stored_bytes
 from edgedistill.onnx_package import MODEL_FILE, not_installed, write_package
+from edgedistill.plain_blocks import plain_block_problems
 from edgedistill.quantized import Grid
 from edgedistill.student import Student
 
@@ -29,6 +31,10 @@ class Onnx(Exporter):
         groups = grid.group_size >= 16 and grid.group_size.bit_count() == 1
         return groups and grid.bits in KERNEL_BITS
 
+    def problems(self, facts: DecoderFacts) -> list[str]:
+        """Whatever its blocks have beyond plain ones: the graph has no nodes for it yet."""
+        return plain_block_problems(facts, "ONNX")
+
     def stored_bytes(self, shape: tuple[int, ...], grid: Grid | None) -> int:
         """Codes, float32 scales and zeros; float32 of all else."""
         return stored_bytes(shape, grid)
@@ -40,6 +46,7 @@ class Onnx(Exporter):
             InputError: a grid that the format cannot carry, or tensors that contradict the config.
             UnavailableError: the ``onnx`` package is not installed.
         """
+        self.refuse_misfit(student)
         for name, grid in student.grids.items():
             if not self.holds(grid):
                 raise InputError(

@@ -47,8 +47,11 @@ class PruneDepth(Stage):
         return True
 
     def facts_after(self, facts: DecoderFacts) -> DecoderFacts:
-        """So many layers less."""
-        return dataclasses.replace(facts, layers=max(1, facts.layers - self.layers))
+        """So many layers less; which of them attend to a window is not known yet."""
+        layers = max(1, facts.layers - self.layers)
+        return dataclasses.replace(
+            facts, layers=layers, sliding_layers=facts.sliding_layers[:layers]
+        )
 
     def cost(self, facts: DecoderFacts) -> StageCost:
         """A candidate costs the blocks behind it, about half of them, and the head twice."""

@@ -16,6 +16,7 @@ import numpy as np
 from edgedistill.errors import InputError
 from edgedistill.results import Check
 from edgedistill.student import Student
+from edgedistill.verify.lint_sliding import sliding_checks
 from edgedistill.verify.side_files import read_ends, read_template
 from edgedistill.verify.stated import Stated, describe
 
@@ -37,7 +38,7 @@ COUNTS = {
     "vocab_size": "vocabulary",
 }
 # Families that a format calls otherwise than ``model_type``.
-OTHER_WORDS = {("gguf", "mistral"): "llama"}
+OTHER_WORDS = {("gguf", "mistral"): "llama", ("gguf", "gemma3_text"): "gemma3"}
 CONVERSATIONS: tuple[list[dict[str, str]], ...] = (
     [{"role": "user", "content": "Hello!"}],
     [
@@ -130,7 +131,7 @@ def lint_stated(
         checks.append(_same("tokens listed", config.vocab_size, stated.tokens))
     if stated.norm_epsilons:
         checks.append(_epsilon(stated, float(config.rms_norm_eps)))
-    checks += _rope(stated, config)
+    checks += [*_rope(stated, config), *sliding_checks(stated, config)]
     checks += _special(stated, student, frozenset(also_ends))
     checks += _metadata(stated, config, student, format_name)
     return checks
@@ -143,11 +144,20 @@ def _epsilon(stated: Stated, expected: float) -> Check:
 
 
 def expected_rope(config: Any) -> tuple[float, np.ndarray]:
-    """(theta, float64 [head_dim / 2] of divisors), by the code that ``transformers`` runs."""
+    """(theta, float64 [head_dim / 2] of divisors), by the code that ``transformers`` runs.
+
+    Of a decoder with sliding layers those of the layers that attend to all.
+    """
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    theta = float(config.rope_parameters["rope_theta"])
-    frequencies = LlamaRotaryEmbedding(config).inv_freq.double().numpy()
+    parameters = config.rope_parameters
+    if "full_attention" in parameters:
+        theta = float(parameters["full_attention"]["rope_theta"])
+        frequencies = Gemma3RotaryEmbedding(config).full_attention_inv_freq.double().numpy()
+    else:
+        theta = float(parameters["rope_theta"])
+        frequencies = LlamaRotaryEmbedding(config).inv_freq.double().numpy()
     count = len(frequencies)
     return theta, theta ** (-np.arange(count) / count) / frequencies
 

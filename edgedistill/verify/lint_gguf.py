@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from edgedistill.decoder import MOST_LAYERS, SLIDING_PATTERN
 from edgedistill.errors import InputError
 from edgedistill.gguf_blocks import F16, F32, Q2_0, Q4_0, Q4_1, Q8_0
 from edgedistill.gguf_file import GgufFile, gguf_package
-from edgedistill.gguf_layout import BLOCK_NAMES, OUTER_NAMES, ROPE_DIVISORS
+from edgedistill.gguf_layout import OUTER_NAMES, ROPE_DIVISORS, block_names
 from edgedistill.gguf_tokenizer import adds_bos, special_id
 from edgedistill.verify.stated import Stated, describe
 
@@ -58,10 +59,14 @@ def read_gguf(path: Path) -> Stated:
         rope_theta=10000.0 if theta is None else theta,
         rope_divisors=_divisors(file, architecture, counts.get("head_dim")),
         rope_tolerance=1e-5,
+        **_sliding(metadata, architecture, counts.get("layers", 0)),
         bos_id=special_id(metadata, "bos"),
         adds_bos=_adds_bos(metadata, str(path)),
         end_ids=frozenset(i for i in ends if i is not None),
-        storage={checkpoint_name(n): storage_name(t.type_id) for n, t in file.tensors.items()},
+        storage={
+            checkpoint_name(n, architecture): storage_name(t.type_id)
+            for n, t in file.tensors.items()
+        },
         tokens=len(tokens) if isinstance(tokens, list) else 0,
         chat_template=template if isinstance(template, str) else None,
         architecture=architecture,
@@ -69,14 +74,31 @@ def read_gguf(path: Path) -> Stated:
     )
 
 
-def checkpoint_name(name: str) -> str:
+def _sliding(metadata: dict[str, Any], architecture: str, layers: int) -> dict[str, Any]:
+    """What is said of sliding windows; where it is not, what llama.cpp takes for Gemma 3."""
+    window = _whole(metadata, f"{architecture}.attention.sliding_window")
+    if architecture != "gemma3" or not window:
+        return {"sliding_layers": ()}
+    pattern = metadata.get(f"{architecture}.attention.sliding_window_pattern", SLIDING_PATTERN)
+    if not isinstance(pattern, list):
+        every = pattern if isinstance(pattern, int) and pattern > 0 else SLIDING_PATTERN
+        pattern = [(layer + 1) % every != 0 for layer in range(min(layers, MOST_LAYERS))]
+    theta = _number(metadata, f"{architecture}.rope.freq_base_swa")
+    return {
+        "window_tokens": window,
+        "sliding_layers": tuple(bool(slides) for slides in pattern),
+        "sliding_rope_theta": 10000.0 if theta is None else theta,
+    }
+
+
+def checkpoint_name(name: str, architecture: str) -> str:
     """``blk.3.attn_q.weight`` -> ``model.layers.3.self_attn.q_proj.weight``; others as they are."""
     stem, _, kind = name.rpartition(".")
     outer = {there: here for here, there in OUTER_NAMES.items()}
     if stem in outer:
         return f"{outer[stem]}.{kind}"
     parts = stem.split(".", 2)
-    inner = {there: here for here, there in BLOCK_NAMES.items()}
+    inner = {there: here for here, there in block_names(architecture).items()}
     if len(parts) == 3 and parts[0] == "blk" and parts[2] in inner:
         return f"model.layers.{parts[1]}.{inner[parts[2]]}.{kind}"
     return name

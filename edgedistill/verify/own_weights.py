@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from edgedistill.errors import InputError
 from edgedistill.gguf_file import GgufFile
-from edgedistill.gguf_layout import row_order, tensor_name
+from edgedistill.gguf_layout import checkpoint_values, tensor_name
 from edgedistill.progress import track
 from edgedistill.results import Document
 from edgedistill.runtimes.llama_cpp import weights_file
@@ -77,7 +77,8 @@ def write_own_weights(path: Path, reference: Path, dst: Path) -> None:
 
 def _read(file: GgufFile, student: Student, name: str) -> tuple[str, npt.NDArray[np.float32]]:
     """(how it is stored, the tensor in the checkpoint's order of rows)."""
-    shape, there = student.facts.tensor_shapes()[name], tensor_name(name)
+    facts = student.facts
+    shape, there = facts.tensor_shapes()[name], tensor_name(facts, name)
     if there not in file.tensors:
         raise InputError(f"has no tensor {there}", where=str(file.path))
     if file.tensors[there].shape != shape:
@@ -85,12 +86,7 @@ def _read(file: GgufFile, student: Student, name: str) -> tuple[str, npt.NDArray
             f"{there} has the shape {file.tensors[there].shape}, the reference has {shape}",
             where=str(file.path),
         )
-    values = file.read(there)
-    order = row_order(student.facts, name)
-    if order is not None:
-        restored = np.empty_like(values)
-        restored[order] = values
-        values = restored
+    values = checkpoint_values(facts, name, file.read(there))
     return storage_name(file.tensors[there].type_id), values
 
 

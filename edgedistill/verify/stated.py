@@ -24,6 +24,10 @@ class Stated:
         context_tokens: the longest context that it claims.
         tied_embeddings: whether the head reads the embedding's own bytes.
         norm_epsilons: of the norms, all that occur.
+        window_tokens: that sliding layers attend to; None where no layer slides.
+        sliding_layers: of each layer whether it slides, empty where none does; None where the
+            format is not read for that.
+        sliding_rope_theta: base of the rotary frequencies of those that do.
         norm_tolerance: largest relative error of them that the format's own rounding makes.
         rope_theta: base of the rotary frequencies.
         rope_divisors: float64 [head_dim / 2], what its scaling divides each frequency by.
@@ -43,6 +47,9 @@ class Stated:
     context_tokens: int | None = None
     tied_embeddings: bool | None = None
     norm_epsilons: frozenset[float] = frozenset()
+    window_tokens: int | None = None
+    sliding_layers: tuple[bool, ...] | None = None
+    sliding_rope_theta: float | None = None
     norm_tolerance: float = 1e-6
     rope_theta: float | None = None
     rope_divisors: Doubles | None = None

@@ -1,0 +1,120 @@
+"""Rotary position embeddings: their bases and scalings, as data read from a config."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgedistill.errors import InputError
+
+LLAMA3_KEYS = (
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+)
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary embedding of halves (``rotate_half``, the Hugging Face convention).
+
+    Attributes:
+        theta: base of the frequencies.
+        scaling: None, or the config's parameters of a ``llama3`` or ``linear`` scaling.
+    """
+
+    theta: float
+    scaling: dict[str, Any] | None = None
+
+    def inverse_frequencies(self, head_dim: int) -> npt.NDArray[np.float32]:
+        """float32 [head_dim / 2], scaling applied."""
+        exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+        plain = (1.0 / np.float32(self.theta) ** exponents).astype(np.float32)
+        return (plain / self.frequency_divisors(head_dim)).astype(np.float32)
+
+    def frequency_divisors(self, head_dim: int) -> npt.NDArray[np.float32]:
+        """float32 [head_dim / 2]: what each frequency is divided by (GGUF's ``rope_freqs``).
+
+        Llama 3.1's rule: https://github.com/meta-llama/llama-models, ``apply_scaling``.
+        """
+        exponents = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
+        if self.scaling is None:
+            return np.ones(exponents.shape, dtype=np.float32)
+        factor = float(self.scaling["factor"])
+        if self.scaling["rope_type"] == "linear":
+            return np.full(exponents.shape, factor, dtype=np.float32)
+        wavelengths = 2 * math.pi * self.theta**exponents
+        low, high = float(self.scaling["low_freq_factor"]), float(self.scaling["high_freq_factor"])
+        turns = float(self.scaling["original_max_position_embeddings"]) / wavelengths
+        smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
+        return (1.0 / (smooth + (1.0 - smooth) / factor)).astype(np.float32)
+
+
+def read_rope(config: dict[str, Any], where: str) -> Rope:
+    """The rotary embedding of a config whose layers all have the same one.
+
+    Args:
+        config: of transformers 5, with ``rope_parameters``, or 4, with ``rope_theta`` beside
+            ``rope_scaling``.
+        where: its path, for errors.
+
+    Raises:
+        InputError: a scaling that is not known.
+        KeyError, TypeError, ValueError: a parameter is missing, or of the wrong kind.
+    """
+    parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    return _rope(parameters, config.get("rope_theta", 10000.0), where)
+
+
+def read_layered_ropes(config: dict[str, Any], where: str) -> tuple[Rope, Rope]:
+    """(of full attention, of sliding attention), of a config that tells them apart.
+
+    transformers 5 nests the parameters by layer type; transformers 4 states ``rope_theta`` and
+    ``rope_local_base_freq``, and scales full attention alone.  The defaults are Gemma 3's.
+
+    Args:
+        config: of such a decoder.
+        where: its path, for errors.
+
+    Raises:
+        InputError, KeyError, TypeError, ValueError: as :func:`read_rope`.
+    """
+    nested = dict(config.get("rope_parameters") or {})
+    full = dict(nested.get("full_attention") or config.get("rope_scaling") or {})
+    sliding = dict(nested.get("sliding_attention") or {})
+    return (
+        _rope(full, config.get("rope_theta", 1_000_000.0), where),
+        _rope(sliding, config.get("rope_local_base_freq", 10_000.0), where),
+    )
+
+
+def positive(config: dict[str, Any], key: str) -> float:
+    """A number above 0 in a config.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is missing, or something else.
+    """
+    value = float(config[key])
+    if not 0.0 < value < math.inf:
+        raise ValueError(f"{key} is {value!r}, not a number above 0")
+    return value
+
+
+def _rope(parameters: dict[str, Any], theta_beside: Any, where: str) -> Rope:
+    stated = parameters.get("rope_theta", theta_beside)
+    theta = positive({"rope_theta": stated}, "rope_theta")
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if kind == "default":
+        return Rope(theta)
+    if kind not in ("linear", "llama3"):
+        raise InputError(f"rope_type {kind!r} is not supported yet", where=where)
+    keys = ("factor",) if kind == "linear" else LLAMA3_KEYS
+    scaling = {key: positive(parameters, key) for key in keys}
+    if kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
+        raise ValueError("high_freq_factor is not above low_freq_factor")
+    return Rope(theta, parameters | {"rope_type": kind})
