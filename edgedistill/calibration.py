@@ -110,6 +110,7 @@ def calibration_pieces(
     *,
     tail_power: float = 0.0,
     reasoning: str | None = None,
+    hint: str | None = None,
 ) -> list[Piece]:
     """As :func:`calibration_ids`, with what is known of each token.
 
@@ -121,6 +122,7 @@ def calibration_pieces(
             the rarest of their slices; 0 draws all alike.
         reasoning: how an answer is written behind its reasoning, with ``{reasoning}`` and
             ``{answer}`` in it; None leaves reasoning out.
+        hint: what mends a file that holds too little; default: fewer ``calibration.tokens``.
     """
     tokenizer = load_tokenizer(student)
     facts = Student(student).facts
@@ -141,7 +143,7 @@ def calibration_pieces(
         f"fills {len(packer.sequences)} sequences of {length} tokens, "
         f"calibration asks for {count} (tokens: {calibration.tokens})",
         where=str(calibration.file),
-        hint=f"state `tokens: {held}`, or give more text" if held else "give more text",
+        hint=hint or (f"state `tokens: {held}`, or give more text" if held else "give more text"),
     )
 
 

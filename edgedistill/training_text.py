@@ -112,6 +112,7 @@ def training_split(
         chat,
         tail_power=emphasis.tail_power,
         reasoning=emphasis.reasoning,
+        hint="give the stage fewer `tokens` or more `passes`, or give more text",
     )
     where = str(calibration.file) if calibration.file else "the built-in texts"
     held_out = min(max(1, held_out_tokens // len(pieces[0].ids)), len(pieces) // 2)

@@ -88,6 +88,20 @@ def _recover(
     return Recovery.model_validate_json((dst / RECOVERY_FILE).read_bytes())
 
 
+def _held_out_kl(before: Path, after: Path, teacher: Path, scratch: Path) -> list[float]:
+    """Mean KL to the teacher of two quantized students, by ``transformers``.
+
+    The built-in texts are shorter than ``calibration.tokens``, so it is their end that is held out.
+    """
+    text = torch.from_numpy(np.stack(calibration_ids(before, SHORT, Chat())[-4:]))
+    expected = logits(load(teacher), text)
+    found = []
+    for name, student in (("before", before), ("after", after)):
+        dequantize_student(student, empty(scratch / name))
+        found.append(mean_kl(expected, logits(load(scratch / name), text)))
+    return found
+
+
 def _files(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
 
@@ -250,14 +264,7 @@ def test_recovery_lowers_the_kl_that_transformers_measures_and_moves_what_it_may
 ) -> None:
     src, teacher = quantized(family, bits=bits), tiny(family)
     found = _recover(Recover(trained=trained, **BUDGET), src, out := tmp_path / "out", teacher)
-    # The built-in texts are shorter than `calibration.tokens`, so it is their end that is held out.
-    text = torch.from_numpy(np.stack(calibration_ids(src, SHORT, Chat())[-4:]))
-    expected = logits(load(teacher), text)
-    dequantize_student(src, empty(tmp_path / "before"))
-    dequantize_student(out, empty(tmp_path / "after"))
-    before, after = (
-        mean_kl(expected, logits(load(tmp_path / name), text)) for name in ("before", "after")
-    )
+    before, after = _held_out_kl(src, out, teacher, tmp_path)
     assert after < 0.95 * before
     assert found.kl_before == pytest.approx(before, rel=1e-3)
     assert found.kl_after == pytest.approx(after, rel=1e-3)
@@ -283,13 +290,7 @@ def test_a_folded_adapter_lowers_the_kl_that_transformers_measures(
     src, teacher = quantized(bits=2, linears=SOME_ON_8), tiny("llama")
     stage = Recover(**BUDGET | {"learning_rate": 1e-2})
     found = _recover(stage, src, out := tmp_path / "out", teacher)
-    text = torch.from_numpy(np.stack(calibration_ids(src, SHORT, Chat())[-4:]))
-    expected = logits(load(teacher), text)
-    dequantize_student(src, empty(tmp_path / "before"))
-    dequantize_student(out, empty(tmp_path / "after"))
-    before, after = (
-        mean_kl(expected, logits(load(tmp_path / name), text)) for name in ("before", "after")
-    )
+    before, after = _held_out_kl(src, out, teacher, tmp_path)
     assert after < 0.95 * before
     assert found.kl_after == pytest.approx(after, rel=1e-3)
     was, now = Student(src), Student(out)
