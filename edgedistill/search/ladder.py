@@ -67,6 +67,8 @@ STAGES_BY_COST = (
     "heal",
 )
 
+_ON_8, _ON_4 = {"bits": 8}, {"bits": 4, "zero": "fixed"}
+_TWO_BITS = {"quantize_gptq": {"bits": 2, "linears": {"v": _ON_8, "o": _ON_8}, "embeddings": _ON_4}}
 _HEAL = {"heal": {"trained": "lora", "tokens": 131072, "passes": 2}}
 _DEPTH = {"prune_depth": {"layers": OfLayers(0.1)}}
 _WIDTH = {"prune_width": {"ffn_share": 0.75}}
@@ -122,6 +124,13 @@ LADDER = (
         "mixed bits, 6 a weight",
         ({"quantize_mixed": {"bits_per_weight": 6.0}},),
         ("int8",),
+    ),
+    Remedy(
+        "int2-recovered",
+        "2 bits by GPTQ, with v and o on 8, which learn to make up for the others",
+        (_TWO_BITS, {"recover": {"tokens": 65536}}),
+        ("int8", "int4-gptq", "mixed3.5"),
+        reads_text=True,
     ),
     Remedy(
         "narrow-int8",
