@@ -29,8 +29,8 @@ def low_bit_warnings(recipe: Recipe, facts: DecoderFacts) -> Iterator[str]:
         if plain is not None:
             yield (
                 f"rungs.{rung}: {plain} puts weights on 2 bits and nothing recovers what that "
-                f"loses: {PRICE}; a suite tells what is left ("
-                "docs/compression.md says what `recover` behind it does, which is little yet)"
+                f"loses: {PRICE}; `recover` behind it makes up for some of that "
+                "(docs/compression.md), and a suite tells what is left"
             )
 
 
