@@ -141,7 +141,7 @@ def calibration_pieces(
     held = len(packer.sequences) * length
     raise InputError(
         f"fills {len(packer.sequences)} sequences of {length} tokens, "
-        f"calibration asks for {count} (tokens: {calibration.tokens})",
+        f"and {count} are asked for ({calibration.tokens} tokens)",
         where=str(calibration.file),
         hint=hint or (f"state `tokens: {held}`, or give more text" if held else "give more text"),
     )

@@ -38,8 +38,8 @@ class MatrixGrids(GridChoice):
     """Grids for all matrices of a student: its own fields are those of the linears.
 
     Attributes:
-        linears: grids of some of the blocks' matrices by kind, in the place of its own: `v` and
-            `o` are small, and mind few bits the most.
+        linears: grids of some of the blocks' matrices by kind, in the place of its own: such as 8
+            bits for the small `v` and `o`, which ``recover`` can then train.
         embeddings: grid of the token embedding (and of the head where they are tied); default: the
             linears' own, but never below 8 bits, because rows of rare tokens have no redundancy.
         head: grid of an untied head; default: the embeddings'.

@@ -263,15 +263,17 @@ def _along(
         if index >= len(before):
             here = (*place, index - len(before), step.name)
             yield from _stage_problems(step, here, facts, grids)
-        grids = _expected_grids(step, facts) or grids
+        grids = _possible_grids(step, facts) or grids
         facts = step.config.facts_after(facts)
 
 
-def _expected_grids(step: StageStep, facts: DecoderFacts) -> set[Grid]:
-    """Those that a step is likely to put matrices of the blocks on."""
-    names = facts.linears(0).values()  # blocks are alike
-    found = (step.config.expected_grids(name, facts) for name in names)
-    return {grid for shares in found for grid, share in shares.items() if share > 0}
+def _possible_grids(step: StageStep, facts: DecoderFacts) -> set[Grid]:
+    """Those that a step may put the blocks' matrices on; of a mixture, all that it chooses from."""
+    found: set[Grid] = set()
+    for name in facts.linears(0).values():  # blocks are alike
+        expected = step.config.expected_grids(name, facts)
+        found |= set(expected if len(expected) == 1 else step.config.grids(facts))
+    return found
 
 
 def _stage_problems(

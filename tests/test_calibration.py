@@ -172,7 +172,7 @@ def test_what_cannot_be_read_is_told_with_its_place(
 
 
 def test_too_little_text_tells_what_there_is(tiny: Tiny, book: Path) -> None:
-    with pytest.raises(InputError, match="asks for") as caught:
+    with pytest.raises(InputError, match="are asked for") as caught:
         calibration_ids(tiny("llama"), Calibration(file=book, tokens=10**6), Chat())
     assert caught.value.hint is not None
     tokens = int(caught.value.hint.partition("tokens: ")[2].partition("`")[0])
