@@ -230,6 +230,25 @@ def test_a_rejected_run_is_marked_everywhere(report: BuildReport, page: Page) ->
     assert "int4/onnx is rejected: the machine was busy" in page.text
 
 
+def test_a_rejected_speed_is_marked_where_it_is_said_what_to_ship(report: BuildReport) -> None:
+    """Once in the ladder's row, and beside both figures of what ships."""
+    shipped = {(j.rung, j.format) for j in report.judgements}
+
+    def rejected(one: Any) -> Any:
+        if (one.rung, one.format) not in shipped or one.bench is None:
+            return one
+        return one.model_copy(update={"bench": one.bench.model_copy(update={"accepted": False})})
+
+    def times_said(report: BuildReport) -> int:
+        return Page(render_page(report)).text.count("busy machine")
+
+    worse = report.model_copy(update={"artifacts": [rejected(one) for one in report.artifacts]})
+    pairs = zip(report.artifacts, worse.artifacts, strict=True)
+    changed = sum(one is not other for one, other in pairs)
+    assert changed > 0
+    assert times_said(worse) - times_said(report) >= 3 * changed
+
+
 def test_a_build_without_a_suite_and_without_results_is_reported_too(report: BuildReport) -> None:
     bare = [
         artifact.model_copy(
