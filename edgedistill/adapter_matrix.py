@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from edgedistill.decoder_forward import CPU
 from edgedistill.quantized import QTensor
 
 # How far from its code towards the edges of what rounds to it a number may start.
@@ -30,19 +31,32 @@ class AdapterMatrix:
         quantized: where to start; its scales and zero points stay.
         rank: of the product.
         generator: of the start: A as a linear layer is initialized, B at zero.
+        device: where all of it is.
     """
 
-    def __init__(self, quantized: QTensor, rank: int, generator: torch.Generator) -> None:
+    def __init__(
+        self,
+        quantized: QTensor,
+        rank: int,
+        generator: torch.Generator,
+        device: torch.device = CPU,
+    ) -> None:
         self._start = quantized
         rows, columns = quantized.shape
         size = quantized.grid.group_size
         self._groups = (rows, columns // size, size)
-        self._scale = torch.from_numpy(quantized.scales.astype(np.float32))[..., None]
-        self._zero = torch.from_numpy(quantized.zero_points().astype(np.float32))[..., None]
+        scale, zero = (
+            torch.from_numpy(values.astype(np.float32))[..., None].to(device)
+            for values in (quantized.scales, quantized.zero_points())
+        )
+        self._scale, self._zero = scale, zero
+        self._first = torch.from_numpy(quantized.codes).to(device)
         a = (torch.rand(rank, columns, generator=generator) * 2 - 1) / columns**0.5
-        self._a, self._b = a.requires_grad_(), torch.zeros(rows, rank).requires_grad_()
-        self._dither = (torch.rand(rows, columns, generator=generator) * 2 - 1) * DITHER
-        self.weight = torch.empty(rows, columns, requires_grad=True)
+        dither = (torch.rand(rows, columns, generator=generator) * 2 - 1) * DITHER
+        self._a = a.to(device).requires_grad_()
+        self._b = torch.zeros(rows, rank, device=device, requires_grad=True)
+        self._dither = dither.to(device)
+        self.weight = torch.empty(rows, columns, device=device, requires_grad=True)
         self.settle()
 
     def trained(self) -> list[Tensor]:
@@ -68,7 +82,7 @@ class AdapterMatrix:
 
     def quantized(self) -> QTensor:
         """What it is now, under the scales and zero points of the start."""
-        codes = self._codes().to(torch.uint8).numpy()
+        codes = self._codes().to(torch.uint8).cpu().numpy()
         return QTensor(self._start.grid, codes, self._start.scales, self._start.zeros)
 
     def changed_codes(self) -> int:
@@ -80,7 +94,7 @@ class AdapterMatrix:
         grid, shape = self._start.grid, self._start.codes.shape
         scale = torch.where(self._scale == 0, 1.0, self._scale)
         moved = ((self._b @ self._a).detach().view(self._groups) / scale).view(shape)
-        codes = torch.from_numpy(self._start.codes) + (self._dither + moved).round_()
+        codes = self._first + (self._dither + moved).round_()
         least = 1 if grid.bits == 8 else 0  # symmetric: -127..127
         stored: Tensor = codes.clamp_(least, grid.max_code)
         return stored

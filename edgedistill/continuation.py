@@ -46,7 +46,7 @@ def continued(
     draws = np.stack([np.random.default_rng((seed, number)).random(room) for number in numbers])
     parts = zip(
         torch.split(ids[:, :given], AT_ONCE),
-        torch.split(torch.from_numpy(draws), AT_ONCE),
+        torch.split(torch.from_numpy(draws).to(ids.device), AT_ONCE),
         strict=True,
     )
     written = torch.cat([_write(student, *part) for part in parts])
@@ -58,9 +58,9 @@ def continued(
 def _write(student: Learner, ids: Tensor, draws: Tensor) -> Tensor:
     """Write behind ids [sequences, given], a token for each of draws [sequences, places]."""
     total = ids.shape[1] + draws.shape[1]
-    # Read once, not for every place: with products of low rank they are made by that.
+    # Read once, not for every place.
     blocks = [
-        (student.read_block(layer), Past(student.facts, len(ids), total))
+        (student.read_block(layer), Past(student.facts, len(ids), total, student.device))
         for layer in range(student.facts.layers)
     ]
     written = [ids]

@@ -19,6 +19,8 @@ from edgedistill.student import Student
 
 Watch = Callable[[str, Tensor], None]
 
+CPU = torch.device("cpu")
+
 
 class Half(NamedTuple):
     """Half a block: ``hidden += out(exit(inner(entry(norm(hidden)))))``, by short names of facts.
@@ -60,11 +62,18 @@ class Past:
         facts: of the decoder.
         sequences: that go through side by side.
         most_tokens: of each.
+        device: that the block is on.
     """
 
-    def __init__(self, facts: DecoderFacts, sequences: int, most_tokens: int) -> None:
+    def __init__(
+        self,
+        facts: DecoderFacts,
+        sequences: int,
+        most_tokens: int,
+        device: torch.device = CPU,
+    ) -> None:
         shape = (sequences, facts.kv_heads, most_tokens, facts.head_dim)
-        self._keys, self._values = torch.empty(shape), torch.empty(shape)
+        self._keys, self._values = (torch.empty(shape, device=device) for _ in "kv")
         self.tokens = 0
 
     def add(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,14 +85,20 @@ class Past:
 
 
 class DecoderForward:
-    """Runs a student's blocks on hidden states [batch, tokens, hidden], from position 0."""
+    """Runs a student's blocks on hidden states [batch, tokens, hidden], from position 0.
 
-    def __init__(self, student: Student) -> None:
+    Args:
+        student: whose weights are read when they are needed.
+        device: that they are brought to, and that all that is given has to be on.
+    """
+
+    def __init__(self, student: Student, device: torch.device = CPU) -> None:
         self.student = student
         self.facts = student.facts
+        self.device = device
         head_dim = self.facts.head_dim
         self._inverse = [
-            torch.from_numpy(self.facts.rope_of(layer).inverse_frequencies(head_dim))
+            torch.from_numpy(self.facts.rope_of(layer).inverse_frequencies(head_dim)).to(device)
             for layer in range(self.facts.layers)
         ]
 
@@ -191,7 +206,7 @@ class DecoderForward:
         q, k = _rotate(q, before, inverse), _rotate(k, before, inverse)
         if past is not None:
             k, v = past.add(k, v)
-        mask = _mask(tokens, before, self.facts.window_of(weights.layer))
+        mask = _mask(tokens, before, self.facts.window_of(weights.layer), x.device)
         attended = functional.scaled_dot_product_attention(
             q,
             k,
@@ -211,7 +226,20 @@ class DecoderForward:
         return rms_norm(x, weight, self.facts)
 
     def _tensor(self, name: str) -> Tensor:
-        return torch.from_numpy(self.student.read(name))
+        return torch.from_numpy(self.student.read(name)).to(self.device)
+
+
+class HeldForward(DecoderForward):
+    """The same with all weights in memory, for a device to which reading them is dear."""
+
+    def __init__(self, student: Student, device: torch.device = CPU) -> None:
+        super().__init__(student, device)
+        self._held: dict[str, Tensor] = {}
+
+    def _tensor(self, name: str) -> Tensor:
+        if name not in self._held:
+            self._held[name] = super()._tensor(name)
+        return self._held[name]
 
 
 def rms_norm(x: Tensor, weight: Tensor, facts: DecoderFacts) -> Tensor:
@@ -223,14 +251,15 @@ def rms_norm(x: Tensor, weight: Tensor, facts: DecoderFacts) -> Tensor:
 
 def _rotate(x: Tensor, before: int, inverse: Tensor) -> Tensor:
     """Rotary embedding of halves on [batch, heads, tokens, head_dim], from a position on."""
-    positions = torch.arange(before, before + x.shape[2], dtype=torch.float32)
+    tokens = x.shape[2]
+    positions = torch.arange(before, before + tokens, dtype=torch.float32, device=x.device)
     angles = torch.outer(positions, inverse)
     cos, sin = angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)  # [tokens, head_dim]
     low, high = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-high, low), dim=-1) * sin
 
 
-def _mask(tokens: int, before: int, window: int | None) -> Tensor | None:
+def _mask(tokens: int, before: int, window: int | None, device: torch.device) -> Tensor | None:
     """bool [tokens, before + tokens]: each token sees itself and those before it, in its window.
 
     None where torch's own causal mask, which counts from position 0, says the same.
@@ -238,5 +267,5 @@ def _mask(tokens: int, before: int, window: int | None) -> Tensor | None:
     longer = window is not None and before + tokens > window
     if not before and not longer:
         return None
-    mask = torch.ones(tokens, before + tokens, dtype=torch.bool).tril(before)
+    mask = torch.ones(tokens, before + tokens, dtype=torch.bool, device=device).tril(before)
     return mask.triu(before - window + 1) if window is not None and longer else mask

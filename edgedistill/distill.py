@@ -7,7 +7,7 @@ once.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from edgedistill.learner import Learner
 from edgedistill.on_policy import is_drawn
 from edgedistill.progress import Bar, progress_bar
 from edgedistill.student import Student
+from edgedistill.team import ALONE, Team
 from edgedistill.training_text import TrainingText
 
 GRADIENT_NORM = 1.0  # larger ones are clipped
@@ -64,6 +65,7 @@ class Distillation:
         settings: of the run.
         work: where checkpoints are kept, one for each evaluation; a run that finds one goes on from
             it, to the same bytes.  None keeps none.
+        team: that this process trains in; the student is on its device.
     """
 
     def __init__(
@@ -72,9 +74,11 @@ class Distillation:
         teacher: Student | None,
         settings: DistillSettings,
         work: Path | None = None,
+        team: Team = ALONE,
     ) -> None:
         self._student = student
-        self._teaching = teaching(teacher, settings.loss)
+        self._team = team
+        self._teaching = teaching(teacher, settings.loss, team.device)
         self._settings = settings
         self._parameters = student.trained()
         self._optimizer = torch.optim.AdamW(
@@ -99,13 +103,14 @@ class Distillation:
         Raises:
             StageError: the held-out KL is no lower than before, or not a number.
         """
+        text, held_out = text.to(self._team.device), held_out.to(self._team.device)
         length = text.ids.shape[1]
         batch = max(1, self._settings.batch_tokens // length)
         steps = max(1, self._settings.tokens // (batch * length))
         every = max(1, steps // self._settings.evaluations)
         if steps * batch > len(text.ids) and self._settings.on_policy < 1.0:
             self._teaching.remember(text)
-        expected = self._teaching.targets(held_out, range(len(held_out.ids)))
+        expected = self._teaching.targets(held_out, self._team.share(range(len(held_out.ids))))
         state = self._begin(held_out, expected)
         with progress_bar(steps, "distilling") as bar:
             bar.advance(state.step)
@@ -131,10 +136,12 @@ class Distillation:
     ) -> None:
         """One step of the optimizer on the next ``batch`` sequences."""
         positions = batch * text.ids.shape[1]
+        first = state.step * batch
+        numbers = self._team.share(range(first, first + batch))
         losses = [
-            self._backward(ids, target, positions)
-            for ids, target in self._lessons(text, state.step * batch, batch)
+            self._backward(ids, target, positions) for ids, target in self._lessons(text, numbers)
         ]
+        self._team.add_up(_gradient(leaf) for leaf in self._student.leaves())
         torch.nn.utils.clip_grad_norm_(self._parameters, GRADIENT_NORM)
         self._student.collect()
         rate = self._settings.learning_rate * _schedule(state.step, steps)
@@ -143,16 +150,15 @@ class Distillation:
         self._optimizer.step()
         self._optimizer.zero_grad()
         self._student.settle()
-        state.took(sum(losses), rate)
+        state.took(self._team.total(sum(losses)), rate)
         bar.advance()
 
-    def _lessons(self, text: TrainingText, first: int, batch: int) -> list[tuple[Tensor, Target]]:
-        """The ids of the next sequences, and what is to be predicted along each.
+    def _lessons(self, text: TrainingText, numbers: Sequence[int]) -> list[tuple[Tensor, Target]]:
+        """The ids of some sequences in the order of reading, and what is to be predicted there.
 
         Some may go on as the student writes them: these no teacher was asked about before.
         """
         settings = self._settings
-        numbers = range(first, first + batch)
         rows = {number: _sequence(number, len(text.ids), settings.seed) for number in numbers}
         own = [number for number in numbers if is_drawn(number, settings.on_policy)]
         given = [number for number in numbers if number not in own]
@@ -200,18 +206,20 @@ class Distillation:
                 hint="lower its learning_rate",
             )
         state.measured(kl, state.step * batch_tokens, self._parameters)
-        state.save(self._work, self._parameters, self._optimizer)
+        if self._team.leads:
+            state.save(self._work, self._parameters, self._optimizer)
 
     @torch.no_grad()
     def _held_out_kl(self, held_out: TrainingText, expected: list[Target]) -> float:
         """The weighted mean over its positions."""
         student = self._student
-        hidden = run_blocks(student, range(student.facts.layers), student.embed(held_out.ids))
+        ids = held_out.ids[list(self._team.share(range(len(held_out.ids))))]
+        hidden = run_blocks(student, range(student.facts.layers), student.embed(ids))
         total = 0.0
         for states, target in zip(hidden, expected, strict=True):
             for rows in _parts(len(states)):
                 total += float(target.divergence(rows, student.head(states[rows])))
-        return total / float(held_out.weights.sum())
+        return self._team.total(total) / float(held_out.weights.sum())
 
     def _finish(self, state: DistillState) -> DistillState:
         if state.best is None:
@@ -225,6 +233,13 @@ class Distillation:
                 parameter.copy_(best)
         self._student.settle()
         return state
+
+
+def _gradient(leaf: Tensor) -> Tensor:
+    """Of a leaf; zeros where this process had no part in it."""
+    if leaf.grad is None:
+        leaf.grad = torch.zeros_like(leaf)
+    return leaf.grad
 
 
 def _parts(positions: int) -> Iterator[slice]:

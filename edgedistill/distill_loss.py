@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from edgedistill.decoder_forward import DecoderForward
+from edgedistill.decoder_forward import CPU, DecoderForward, HeldForward
 from edgedistill.held_out import Head, run_blocks
 from edgedistill.student import Student
 from edgedistill.training_text import TrainingText
@@ -70,9 +70,11 @@ class Teaching(ABC):
         """Of some sequences, in that order."""
 
 
-def teaching(teacher: Student | None, settings: LossSettings) -> Teaching:
-    """By a live teacher; None for what is recorded in the text."""
-    return _Record() if teacher is None else _LiveTeacher(teacher, settings)
+def teaching(
+    teacher: Student | None, settings: LossSettings, device: torch.device = CPU
+) -> Teaching:
+    """By a live teacher on a device; None for what is recorded in the text."""
+    return _Record() if teacher is None else _LiveTeacher(teacher, settings, device)
 
 
 def soft_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
@@ -103,11 +105,12 @@ def bucket_loss(logits: Tensor, ids: Tensor, log_probs: Tensor) -> Tensor:
 
 
 class _LiveTeacher(Teaching):
-    """Streams its blocks; logits of a few positions lie in memory at once."""
+    """Streams its blocks, a GPU holds them; logits of a few positions lie in memory at once."""
 
-    def __init__(self, teacher: Student, settings: LossSettings) -> None:
-        self._decoder = DecoderForward(teacher)
-        self._head = Head(teacher)
+    def __init__(self, teacher: Student, settings: LossSettings, device: torch.device) -> None:
+        forward = DecoderForward if device == CPU else HeldForward
+        self._decoder = forward(teacher, device)
+        self._head = Head(teacher, device=device)
         self._settings = settings
         self._known: tuple[TrainingText, Tensor] | None = None  # a text, and its hidden states
 
@@ -144,7 +147,7 @@ class _TeacherTarget(Target):
         ids = text.ids[row]
         self._next = torch.cat([ids[1:], ids[:1]])  # the last position has none
         given = len(ids) if text.given is None else text.given
-        self._has_next = torch.arange(len(ids)) < given - 1
+        self._has_next = torch.arange(len(ids), device=ids.device) < given - 1
         self._settings = settings
 
     def loss(self, rows: slice, logits: Tensor, hidden: Tensor) -> Tensor:

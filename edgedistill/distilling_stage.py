@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -11,11 +13,13 @@ from edgedistill.calibration import Calibration
 from edgedistill.chat import Chat
 from edgedistill.decoder import DecoderFacts
 from edgedistill.stage import Stage, StageCost
+from edgedistill.student import Student
 
 if TYPE_CHECKING:
     from edgedistill.distill import DistillSettings
     from edgedistill.distill_loss import LossSettings
     from edgedistill.distill_state import DistillState
+    from edgedistill.team import Team
     from edgedistill.training_text import Emphasis, TrainingSplit
 
 
@@ -37,6 +41,9 @@ class DistillingStage(Stage):
         calibration: the text, and how it is cut into sequences; from the recipe where it is not
             stated.
         chat: likewise.
+        device: what trains: the CPU, or the GPUs that torch finds.
+        processes: that share each step's sequences, with a GPU each where ``device`` says so.  Each
+            holds all weights.
     """
 
     tokens: Annotated[int, Field(ge=64)] = 65536
@@ -49,11 +56,44 @@ class DistillingStage(Stage):
     patience: Annotated[int, Field(ge=1)] = 3
     calibration: Calibration = Calibration()
     chat: Chat = Chat()
+    device: Literal["cpu", "gpu"] = "cpu"
+    processes: Annotated[int, Field(ge=1, le=1024)] = 1
 
     @property
     def keeps_work(self) -> bool:
         """A checkpoint for each evaluation."""
         return True
+
+    def run_beside(self, src: Path, dst: Path, *, teacher: Path | None, work: Path | None) -> None:
+        """Train, alone or in a team of processes, and write the student.
+
+        Raises:
+            InputError: there is no teacher; or text, teacher and student do not go together.
+            StageError: the held-out KL did not fall.
+            UnavailableError: there are fewer GPUs than processes.
+        """
+        from edgedistill.team_launch import run_in_team
+
+        student = Student(src)
+        self.refuse_misfit(student)
+        train = partial(self.train, src=src, dst=dst, teacher=teacher, work=work)
+        run_in_team(train, self.device, self.processes)
+
+    @abstractmethod
+    def train(
+        self, team: Team, *, src: Path, dst: Path, teacher: Path | None, work: Path | None
+    ) -> None:
+        """The work of one process of the team; the first alone writes."""
+
+    def too_many_processes(self) -> list[str]:
+        """A step has to have a sequence for each."""
+        batch = max(1, self.batch_tokens // self.calibration.sequence_tokens)
+        if self.processes <= batch:
+            return []
+        return [
+            f"processes: {self.processes} cannot share the {batch} sequences of a step: "
+            f"batch_tokens has to be at least {self.processes * self.calibration.sequence_tokens}"
+        ]
 
     def training_cost(
         self,
@@ -61,6 +101,7 @@ class DistillingStage(Stage):
         *,
         copies: int,
         teacher: bool,
+        whole: bool,
         writing: StageCost | None = None,
     ) -> StageCost:
         """A live teacher's pass, the student there and back.
@@ -69,10 +110,11 @@ class DistillingStage(Stage):
             facts: of the student that arrives.
             copies: of all its weights in float32 that are held at once.
             teacher: whether there is one to ask.
+            whole: whether whole matrices are given gradients, not only what flows through them.
             writing: before each step, of text to train on.
         """
         writing = writing or StageCost(0.0, 0)
-        passes = 4.0 if teacher else 3.0
+        passes = 1.0 + teacher + (2.0 if whole else 1.0)
         measured = self.held_out_tokens * (self.evaluations + 2)
         head = 4 * facts.vocab_size * facts.hidden_size
         # Of each block what the backward pass needs: about 12 states and 4 of the FFN's width.

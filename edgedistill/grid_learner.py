@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from edgedistill.adapter_matrix import AdapterMatrix
+from edgedistill.decoder_forward import CPU
 from edgedistill.errors import InputError
 from edgedistill.learner import Learner, Pace
 from edgedistill.quantized import FOLDED_FROM_BITS, QTensor
@@ -51,20 +52,31 @@ class GridMatrix:
         codes: whether codes are trained too.
         origin: float32 [rows, columns], what the matrix was before it was quantized, if that is
             known: codes that it nearly reaches are then near from the start.
+        device: where all of it is.
     """
 
     def __init__(
-        self, quantized: QTensor, *, codes: bool, origin: FloatArray | None = None
+        self,
+        quantized: QTensor,
+        *,
+        codes: bool,
+        origin: FloatArray | None = None,
+        device: torch.device = CPU,
     ) -> None:
         self._start = quantized
         self._grid = quantized.grid
         rows, columns = quantized.shape
         self._groups = (rows, columns // self._grid.group_size, self._grid.group_size)
-        self._zero = torch.from_numpy(quantized.zero_points().astype(np.float32))[..., None]
-        self._scale = torch.from_numpy(quantized.scales.astype(np.float32))
+        zero, scale = (
+            torch.from_numpy(values.astype(np.float32)).to(device)
+            for values in (quantized.zero_points(), quantized.scales)
+        )
+        self._zero, self._scale = zero[..., None], scale
+        first = torch.from_numpy(quantized.codes).to(device)
+        self._first = first.view(self._groups)
         self.factor = torch.zeros_like(self._scale, requires_grad=True)
         self.latent = self._latent(origin).requires_grad_() if codes else None
-        self.weight = torch.empty(rows, columns, requires_grad=True)
+        self.weight = torch.empty(rows, columns, device=device, requires_grad=True)
         self.settle()
 
     def trained(self) -> list[Tensor]:
@@ -97,7 +109,8 @@ class GridMatrix:
         """What it is now: codes and scales as they are stored, the zero points of the start."""
         codes = self._start.codes
         if self.latent is not None:
-            codes = (self._steps() + self._zero).to(torch.uint8).view(codes.shape).numpy()
+            moved = (self._steps() + self._zero).to(torch.uint8).view(codes.shape)
+            codes = moved.cpu().numpy()
         return QTensor(self._grid, codes, self._storable(), self._start.zeros)
 
     def changed_codes(self) -> int:
@@ -106,11 +119,12 @@ class GridMatrix:
 
     def _latent(self, origin: FloatArray | None) -> Tensor:
         """Each in what rounds to its code, towards the original weight."""
-        codes = torch.from_numpy(self._start.codes).view(self._groups) - self._zero
+        codes = self._first - self._zero
         if origin is None:
             return codes
         scale = self._scale[..., None]
-        ideal = torch.from_numpy(origin).view(self._groups) / torch.where(scale == 0, 1, scale)
+        before = torch.from_numpy(origin).to(scale.device).view(self._groups)
+        ideal = before / torch.where(scale == 0, 1, scale)
         reach = 0.5 * START_SHARE
         return codes + (ideal - codes).clamp_(-reach, reach)
 
@@ -122,15 +136,15 @@ class GridMatrix:
     def _steps(self) -> Tensor:
         """Codes less zero points, float32 [rows, groups, group_size]."""
         if self.latent is None:
-            return torch.from_numpy(self._start.codes).view(self._groups) - self._zero
+            return self._first - self._zero
         return self.latent.detach().round()
 
     def _stored(self) -> Tensor:
         """Scales as they are stored, float32 [rows, groups]."""
-        return torch.from_numpy(self._storable().astype(np.float32))
+        return torch.from_numpy(self._storable().astype(np.float32)).to(self._scale.device)
 
     def _storable(self) -> npt.NDArray[np.float16]:
-        scales = (self._scale * (1 + self.factor.detach())).numpy().astype(np.float16)
+        scales = (self._scale * (1 + self.factor.detach())).cpu().numpy().astype(np.float16)
         return shorten(scales) if self._grid.zero == "integer" else scales
 
 
@@ -152,6 +166,7 @@ class GridLearner(Learner):
         origin: the student before it was quantized, if that is known.
         latent_rate: how fast latent numbers move, in steps of their grid, when factors move by 1.
         rank: of the adapter.
+        device: where all of it is.
 
     Raises:
         InputError: there is no matrix that an adapter could be folded into.
@@ -164,8 +179,9 @@ class GridLearner(Learner):
         origin: Student | None = None,
         latent_rate: float = 10.0,
         rank: int = 16,
+        device: torch.device = CPU,
     ) -> None:
-        super().__init__(student)
+        super().__init__(student, device)
         self._latent_rate = latent_rate
         self._matrices: dict[str, GridMatrix | AdapterMatrix] = {}
         self._vectors: dict[str, _Vector] = {}
@@ -181,11 +197,14 @@ class GridLearner(Learner):
                 self._train(
                     name,
                     GridMatrix(
-                        student.read_quantized(name), codes=trained == "codes", origin=before
+                        student.read_quantized(name),
+                        codes=trained == "codes",
+                        origin=before,
+                        device=device,
                     ),
                 )
             elif grid.bits >= FOLDED_FROM_BITS:
-                self._train(name, AdapterMatrix(student.read_quantized(name), rank, draw))
+                self._train(name, AdapterMatrix(student.read_quantized(name), rank, draw, device))
             else:
                 self._hold(name, shape)
         if not self._matrices:
@@ -200,7 +219,7 @@ class GridLearner(Learner):
 
     def _hold(self, name: str, shape: tuple[int, ...]) -> None:
         """As it is, but for vectors, which are trained as factors."""
-        values = torch.from_numpy(self.student.read(name))
+        values = super()._tensor(name)
         if len(shape) == 1:
             factor = torch.zeros_like(values, requires_grad=True)
             # A norm multiplies by its weight with the offset on it: the factor is of that.
@@ -213,6 +232,13 @@ class GridLearner(Learner):
         """Factors of vectors, then what is trained of each matrix."""
         vectors = [vector.factor for vector in self._vectors.values()]
         return vectors + [part for m in self._matrices.values() for part in m.trained()]
+
+    def leaves(self) -> list[Tensor]:
+        """Vectors and whole matrices: what is trained of them comes from their gradients."""
+        return [
+            *(self._weights[n] for n in self._vectors),
+            *(self._weights[n] for n in self._matrices),
+        ]
 
     def paces(self) -> list[Pace]:
         """Factors as they are, latents at their own rate, damped."""
@@ -255,7 +281,7 @@ class GridLearner(Learner):
             elif name in self.student.grids:
                 yield name, self.student.read_quantized(name)
             else:
-                yield name, self._weights[name].detach().numpy()
+                yield name, self._weights[name].detach().cpu().numpy()
 
     def _tensor(self, name: str) -> Tensor:
         return self._weights[name]

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from edgedistill.calibration import Calibration, calibration_ids
 from edgedistill.chat import Chat
-from edgedistill.decoder_forward import DecoderForward, rms_norm
+from edgedistill.decoder_forward import CPU, DecoderForward, rms_norm
 from edgedistill.errors import InputError
 from edgedistill.student import Student
 
@@ -102,14 +102,20 @@ class Head:
     Args:
         student: whose they are.
         matrix: float32 [vocab, hidden], in the place of its own.
+        device: where they are held.
     """
 
-    def __init__(self, student: Student, matrix: npt.NDArray[np.float32] | None = None) -> None:
+    def __init__(
+        self,
+        student: Student,
+        matrix: npt.NDArray[np.float32] | None = None,
+        device: torch.device = CPU,
+    ) -> None:
         self._facts = facts = student.facts
-        self._norm = torch.from_numpy(student.read(facts.final_norm))
+        self._norm = torch.from_numpy(student.read(facts.final_norm)).to(device)
         if matrix is None:
             matrix = student.read(facts.head)
-        self._matrix = torch.from_numpy(matrix)
+        self._matrix = torch.from_numpy(matrix).to(device)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[positions, hidden] -> float32 [positions, vocab]."""

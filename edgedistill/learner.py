@@ -31,6 +31,10 @@ class Learner(DecoderForward, ABC):
     def trained(self) -> list[Tensor]:
         """The tensors that the optimizer moves, always in the same order."""
 
+    def leaves(self) -> list[Tensor]:
+        """The tensors that a backward pass leaves gradients on, always in the same order."""
+        return self.trained()
+
     def paces(self) -> list[Pace]:
         """How each of :meth:`trained` moves."""
         return [Pace()] * len(self.trained())

@@ -36,7 +36,6 @@ def writing_cost(
     tokens: int,
     batch_tokens: int,
     sequence_tokens: int,
-    copies: int,
 ) -> StageCost:
     """What the writing takes: prefixes go through at once, then each place reads every weight.
 
@@ -46,7 +45,6 @@ def writing_cost(
         tokens: of the whole training.
         batch_tokens: of a step.
         sequence_tokens: of a sequence.
-        copies: of all weights that are made for the writing, in float32.
     """
     batch = max(1, batch_tokens // sequence_tokens)
     steps = max(1, tokens // (batch * sequence_tokens))
@@ -57,5 +55,5 @@ def writing_cost(
     past = 4 * 2 * facts.layers * facts.kv_heads * facts.head_dim * sequence_tokens
     return StageCost(
         steps * drawn * given + PLACE_TOKENS * places,
-        min(math.ceil(drawn), AT_ONCE) * past + 4 * copies * facts.parameters,
+        min(math.ceil(drawn), AT_ONCE) * past,
     )

@@ -6,11 +6,9 @@ native code that is an error message instead of the end of the build.
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import json
 import os
-import signal
 import sys
 import traceback
 from pathlib import Path
@@ -20,9 +18,8 @@ from edgedistill.cache import record_files
 from edgedistill.disk import FULL_TEXTS, disk_error, full_disk
 from edgedistill.errors import EdgedistillError, StageError
 from edgedistill.memory import peak_rss_bytes
+from edgedistill.parent_death import die_with
 from edgedistill.task import Task
-
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def main(job_path: Path, result_end: int) -> int:
@@ -33,7 +30,7 @@ def main(job_path: Path, result_end: int) -> int:
     the parent keeps.
     """
     job = json.loads(job_path.read_text(encoding="utf-8"))
-    _die_with(job["parent"])
+    die_with(job["parent"])
     dst = Path(job["dst"])
     try:
         _load_task(job).run({name: Path(p) for name, p in job["inputs"].items()}, dst)
@@ -70,15 +67,6 @@ def _explain(error: OSError | RuntimeError, dst: Path) -> EdgedistillError:
 def _as_json(error: EdgedistillError) -> dict[str, str | None]:
     kind = type(error).__name__
     return {"kind": kind, "message": error.message, "where": error.where, "hint": error.hint}
-
-
-def _die_with(parent: int) -> None:
-    """Ask Linux to kill this process when its parent dies, however it dies."""
-    if sys.platform != "linux":
-        return
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the request was made
-        os._exit(1)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from edgedistill.decoder_forward import CPU, BlockWeights
 from edgedistill.learner import Learner
 from edgedistill.student import Student
 
@@ -25,18 +27,28 @@ class TrainableDecoder(Learner):
             beside each matrix of the blocks, Hu et al., arXiv 2106.09685, with alpha = rank).
         rank: of the products.
         seed: of the factors A; the factors B start at zero.
+        device: where they are.
     """
 
-    def __init__(self, student: Student, trained: Trained, rank: int = 16, seed: int = 0) -> None:
-        super().__init__(student)
+    def __init__(
+        self,
+        student: Student,
+        trained: Trained,
+        rank: int = 16,
+        seed: int = 0,
+        device: torch.device = CPU,
+    ) -> None:
+        super().__init__(student, device)
         shapes = self.facts.tensor_shapes()
-        self._weights = {name: torch.from_numpy(student.read(name)) for name in shapes}
-        self._factors: dict[str, tuple[Tensor, Tensor]] = {}
+        self._weights = {name: super(TrainableDecoder, self)._tensor(name) for name in shapes}
+        self._factors: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
         if trained == "lora":
             generator = torch.Generator().manual_seed(seed)
             for layer in range(self.facts.layers):
-                for name in self.facts.linears(layer).values():
-                    self._factors[name] = _factors(shapes[name], rank, generator)
+                for short, name in self.facts.linears(layer).items():
+                    a, b = _factors(shapes[name], rank, generator)
+                    a, b = (factor.to(device).requires_grad_() for factor in (a, b))
+                    self._factors[layer, short] = a, b
         else:
             for weight in self._weights.values():
                 weight.requires_grad_(trained == "full" or weight.ndim == 1)
@@ -48,15 +60,27 @@ class TrainableDecoder(Learner):
 
     def merged(self) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
         """Every tensor as it computes now, products added in."""
-        for name in self._weights:
-            yield name, self._tensor(name).detach().numpy()
+        places = {self.facts.linears(place[0])[place[1]]: place for place in self._factors}
+        for name, weight in self._weights.items():
+            values = weight.detach()
+            if name in places:
+                a, b = self._factors[places[name]]
+                values = values + (b @ a).detach()
+            yield name, values.cpu().numpy()
+
+    def _linear(self, weights: BlockWeights, short: str, x: Tensor) -> Tensor:
+        """Beside the matrix its product, one factor after the other.
+
+        Added to the matrix first, it would take the gradient of the whole matrix to train it.
+        """
+        out = super()._linear(weights, short, x)
+        if (weights.layer, short) not in self._factors:
+            return out
+        a, b = self._factors[weights.layer, short]
+        return out + functional.linear(functional.linear(x, a), b)
 
     def _tensor(self, name: str) -> Tensor:
-        weight = self._weights[name]
-        if name in self._factors:
-            a, b = self._factors[name]
-            weight = weight + b @ a
-        return weight
+        return self._weights[name]
 
 
 def _factors(
@@ -65,4 +89,4 @@ def _factors(
     """A [rank, columns], as a linear layer is initialized, and B [rows, rank] of zeros."""
     rows, columns = shape
     a = (torch.rand(rank, columns, generator=generator) * 2 - 1) / columns**0.5
-    return a.requires_grad_(), torch.zeros(rows, rank).requires_grad_()
+    return a, torch.zeros(rows, rank)

@@ -6,7 +6,7 @@ Everything is stated at the position that predicts: at place t for the token t +
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +49,17 @@ class TrainingText:
     weights: Tensor
     recorded: Recorded | None = None
     given: int | None = None
+
+    def to(self, device: torch.device) -> TrainingText:
+        """The same on a device; this one, if it is there."""
+        if self.ids.device == device:
+            return self
+        recorded = self.recorded
+        if recorded is not None:
+            recorded = Recorded(recorded.ids.to(device), recorded.log_probs.to(device))
+        return replace(
+            self, ids=self.ids.to(device), weights=self.weights.to(device), recorded=recorded
+        )
 
     @classmethod
     def plain(cls, ids: Tensor) -> TrainingText:

@@ -16,6 +16,7 @@ from edgedistill.student import Student
 
 if TYPE_CHECKING:
     from edgedistill.distill import DistillSettings
+    from edgedistill.team import Team
     from edgedistill.training_text import TrainingSplit
 
 # Small beside those of training from nothing: few steps, on a student that mostly works.
@@ -79,17 +80,20 @@ class Heal(DistillingStage, Stage):
             tokens=self.tokens,
             batch_tokens=self.batch_tokens,
             sequence_tokens=self.calibration.sequence_tokens,
-            copies=1 if self.on_policy and self.trained == "lora" else 0,
         )
         return self.training_cost(
-            facts, copies=copies, teacher=self.recorded is None, writing=writing
+            facts,
+            copies=copies,
+            teacher=self.recorded is None,
+            whole=self.trained == "full",
+            writing=writing,
         )
 
     def problems(self, facts: DecoderFacts, quantized: bool) -> list[str]:
         """A quantized student; a teacher of another vocabulary; products that are no smaller."""
         if quantized:
             return ["the student is quantized already: heal it before"]
-        problems = self._contradictions()
+        problems = self._contradictions() + self.too_many_processes()
         if self.trained == "lora" and self.rank > min(facts.hidden_size, facts.ffn_size):
             problems.append(f"rank: {self.rank} is more than the student's matrices have")
         if self.teacher is not None:
@@ -134,20 +138,25 @@ class Heal(DistillingStage, Stage):
         """
         self.run_beside(src, dst, teacher=None, work=None)
 
-    def run_beside(self, src: Path, dst: Path, *, teacher: Path | None, work: Path | None) -> None:
-        """Heal with the stage's own teacher, or else the given one; as :meth:`run`."""
+    def train(
+        self, team: Team, *, src: Path, dst: Path, teacher: Path | None, work: Path | None
+    ) -> None:
+        """Heal with the stage's own teacher, or else the given one."""
         from edgedistill.distill import Distillation
         from edgedistill.healing_results import Healing
         from edgedistill.student import StudentWriter
         from edgedistill.trainable_decoder import TrainableDecoder
 
         student = Student(src)
-        self.refuse_misfit(student)
         taught_by = None if self.recorded else self._teacher(student, self.teacher or teacher)
         text = self._text(src)
-        decoder = TrainableDecoder(student, self.trained, self.rank, self.calibration.seed)
-        run = Distillation(decoder, taught_by, self._settings(), work)
+        decoder = TrainableDecoder(
+            student, self.trained, self.rank, self.calibration.seed, team.device
+        )
+        run = Distillation(decoder, taught_by, self._settings(), work, team)
         state = run.train(text.fitting, text.held_out)
+        if not team.leads:
+            return
         with StudentWriter(dst, student) as writer:
             for name, values in decoder.merged():
                 writer.write(name, values)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from edgedistill.distill import DistillSettings
     from edgedistill.grid_learner import GridLearner
     from edgedistill.student import Student
+    from edgedistill.team import Team
     from edgedistill.training_text import TrainingSplit
 
 # Of an adapter's factors, and of factors on vectors and scales that start at 1.
@@ -70,12 +71,14 @@ class Recover(DistillingStage, Stage):
         moments, the best so far.
         """
         copies = {"adapter": 2, "scales": 3, "codes": 6}[self.trained]
-        return self.training_cost(facts, copies=copies, teacher=True)
+        return self.training_cost(
+            facts, copies=copies, teacher=True, whole=self.trained != "adapter"
+        )
 
     def problems(self, facts: DecoderFacts, quantized: bool) -> list[str]:
         """A float student."""
         if quantized:
-            return []
+            return self.too_many_processes()
         return ["the student is not quantized: put recover behind the stage that quantizes it"]
 
     def problems_on(self, grids: Collection[Grid]) -> list[str]:
@@ -95,13 +98,10 @@ class Recover(DistillingStage, Stage):
         """
         self.run_beside(src, dst, teacher=None, work=None)
 
-    def run_beside(self, src: Path, dst: Path, *, teacher: Path | None, work: Path | None) -> None:
-        """Train, and write the student on the grids that it came on.
-
-        Raises:
-            InputError: there is no teacher; or text, teacher and student do not go together.
-            StageError: the held-out KL did not fall.
-        """
+    def train(
+        self, team: Team, *, src: Path, dst: Path, teacher: Path | None, work: Path | None
+    ) -> None:
+        """Train, and write the student on the grids that it came on."""
         from edgedistill.distill import Distillation
         from edgedistill.healing_results import Recovery
         from edgedistill.kept_vocabulary import teacher_for
@@ -110,11 +110,12 @@ class Recover(DistillingStage, Stage):
         if teacher is None:
             raise InputError("recover has no teacher", hint="run it as a step of a recipe's rung")
         student = Student(src)
-        self.refuse_misfit(student)
         reference = teacher_for(src, teacher)
-        text, learner = self.split_text(src), self.learner(student, reference)
-        run = Distillation(learner, reference, self.settings(), work)
+        text, learner = self.split_text(src), self.learner(student, reference, team)
+        run = Distillation(learner, reference, self.settings(), work, team)
         state = run.train(text.fitting, text.held_out)
+        if not team.leads:
+            return
         with StudentWriter(dst, student) as writer:
             for name, value in learner.written():
                 writer.write(name, value)
@@ -135,9 +136,12 @@ class Recover(DistillingStage, Stage):
         """
         return self.training_text(student, behind_tokens=self.calibration.tokens)
 
-    def learner(self, student: Student, reference: Student) -> GridLearner:
-        """What is trained of a quantized student."""
+    def learner(
+        self, student: Student, reference: Student, team: Team | None = None
+    ) -> GridLearner:
+        """What is trained of a quantized student, on the team's device."""
         from edgedistill.grid_learner import GridLearner
+        from edgedistill.team import ALONE
 
         return GridLearner(
             student,
@@ -146,6 +150,7 @@ class Recover(DistillingStage, Stage):
             # Over a warm-up and a cosine the rate is half of its peak on average.
             latent_rate=min(2 * self.reach / self._steps, MOST_LATENT_RATE) / self._rate,
             rank=self.rank,
+            device=(team or ALONE).device,
         )
 
     def settings(self) -> DistillSettings:
