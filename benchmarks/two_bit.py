@@ -2,12 +2,13 @@
 
     python benchmarks/two_bit.py --student DIR --work DIR --tokens 65536
     python benchmarks/two_bit.py --student DIR --work DIR --tokens 65536 --text manual
+    python benchmarks/two_bit.py --student DIR --work DIR --tokens 16384 --text own
     python benchmarks/two_bit.py --student DIR --work DIR --tokens 16384 --case int4-scales
 
-SmolLM2-135M off its grid.  Calibrated on the Python manual and reviews in equal parts, or on the
-manual alone; judged are the rest of the manual and other reviews: every point of the curve on 2,048
-tokens a text by our own float32 decoder, what was written on 10,240 a text by ``transformers``.  A
-run that was killed goes on.
+SmolLM2-135M off its grid.  Calibrated on the Python manual and reviews in equal parts, on the
+manual alone, or on it and as much that the student wrote itself; judged are the rest of the manual
+and other reviews: every point of the curve on 2,048 tokens a text by our own float32 decoder, what
+was written on 10,240 a text by ``transformers``.  A run that was killed goes on.
 """
 
 from __future__ import annotations
@@ -39,9 +40,11 @@ from edgedistill.runtimes.torch_reference import load_model
 from edgedistill.stages.quantize_gptq import QuantizeGptq
 from edgedistill.stages.recover import Recover
 from edgedistill.student import Student, StudentWriter
+from edgedistill.write_text import WritingSettings, write_own_text
 
 ROOT = Path(__file__).resolve().parents[1]
 GPTQ_TOKENS, CURVE_TOKENS, FINAL_TOKENS, SEQUENCE_TOKENS = 16384, 2048, 10240, 512
+OWN_TOKENS = 49152
 POINT_TOKENS = 8192  # between two points of the curve of a large budget
 COMMON: dict[str, Any] = {"held_out_tokens": 4096, "patience": 1000}
 ON_8, ON_4 = GridChoice(bits=8), GridChoice(bits=4, zero="fixed")
@@ -136,7 +139,7 @@ def texts_of(student: Path, texts: dict[str, Path], tokens: int) -> dict[str, Te
     }
 
 
-def quantize(student: Path, dst: Path, text: Path, choice: MatrixGrids) -> None:
+def quantize(student: Path, dst: Path, text: Calibration, choice: MatrixGrids) -> None:
     """GPTQ on some of the text, unless it is there."""
     if dst.exists():
         return
@@ -144,20 +147,33 @@ def quantize(student: Path, dst: Path, text: Path, choice: MatrixGrids) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     fields = choice.model_dump(exclude_unset=True)
-    QuantizeGptq(**fields, calibration=calibrated_on(text)).run(student, aside)
+    QuantizeGptq(**fields, calibration=text).run(student, aside)
     aside.rename(dst)
 
 
-def calibrated_on(text: Path) -> Calibration:
-    """What GPTQ reads of a text; recovery reads what lies behind."""
-    return Calibration(file=text, tokens=GPTQ_TOKENS, sequence_tokens=SEQUENCE_TOKENS)
+def calibrated_on(name: str, student: Path, work: Path) -> Calibration:
+    """What GPTQ reads of a text by its name; recovery reads what lies behind."""
+    file, own = write_texts(work)["calibration"], work / "own.jsonl"
+    if name == "both":
+        file = write_two_domains(work, file)
+    if name == "own" and not own.exists():
+        settings = WritingSettings(
+            tokens=OWN_TOKENS, sequence_tokens=SEQUENCE_TOKENS, threads=torch.get_num_threads()
+        )
+        write_own_text(student, own, settings)
+    return Calibration(
+        file=file,
+        own_text=own if name == "own" else None,
+        tokens=GPTQ_TOKENS,
+        sequence_tokens=SEQUENCE_TOKENS,
+    )
 
 
 def recover(
     student: Path,
     quantized: Path,
     dst: Path,
-    text: Path,
+    text: Calibration,
     stage: Recover,
     watched: dict[str, Tensor],
 ) -> dict[str, Any]:
@@ -166,7 +182,7 @@ def recover(
     work.mkdir(exist_ok=True)
     shutil.rmtree(dst, ignore_errors=True)
     dst.mkdir()
-    stage = stage.model_copy(update={"calibration": calibrated_on(text)})
+    stage = stage.model_copy(update={"calibration": text})
     source, teacher = Student(quantized), Student(student)
     learner, split = stage.learner(source, teacher), stage.split_text(quantized)
     run = Watched(watched, stage, learner, teacher, work)
@@ -194,7 +210,7 @@ def bits_per_weight(student: Student) -> float:
     return bits / facts.parameters
 
 
-def measure(case: str, tokens: int, student: Path, work: Path, text: Path) -> dict[str, Any]:
+def measure(case: str, tokens: int, student: Path, work: Path, name: str) -> dict[str, Any]:
     """Quantize and recover on a text with a budget, judge both."""
     texts = write_texts(work)
     choice, stage = CASES[case]
@@ -204,8 +220,10 @@ def measure(case: str, tokens: int, student: Path, work: Path, text: Path) -> di
             "evaluations": max(4, tokens // POINT_TOKENS),
         }
     )
-    name = f"{case}.{text.stem}"
-    quantized, recovered = work / f"{name}.gptq", work / f"{name}.recovered-{tokens}"
+    text = calibrated_on(name, student, work)
+    quantized, recovered = (
+        work / f"{case}.{name}.{made}" for made in ("gptq", f"recovered-{tokens}")
+    )
     quantize(student, quantized, text, choice)
     found = recover(
         student,
@@ -231,7 +249,7 @@ def main() -> None:
     parser.add_argument("--student", type=Path, required=True, help="SmolLM2-135M, a directory")
     parser.add_argument("--work", type=Path, required=True, help="for texts, weights, checkpoints")
     parser.add_argument("--case", choices=CASES, default="int2")
-    parser.add_argument("--text", choices=["manual", "both"], default="both")
+    parser.add_argument("--text", choices=["manual", "both", "own"], default="both")
     parser.add_argument("--tokens", nargs="+", type=int, required=True, help="budgets, a run each")
     parser.add_argument("--again", action="store_true", help="measure what is known too")
     default = ROOT / "benchmarks" / "results" / "two_bit.json"
@@ -242,16 +260,13 @@ def main() -> None:
     if not (student / "config.json").exists():
         student.mkdir(exist_ok=True)
         take_off_grid(Student(arguments.student), student)
-    text = write_texts(arguments.work)["calibration"]
-    if arguments.text == "both":
-        text = write_two_domains(arguments.work, text)
     section = f"{arguments.case}, {arguments.text}"
     for tokens in arguments.tokens:
         found = json.loads(arguments.out.read_text("utf-8")) if arguments.out.exists() else {}
         runs = found.setdefault(section, {})
         if str(tokens) in runs and not arguments.again:
             continue
-        runs[str(tokens)] = measure(arguments.case, tokens, student, arguments.work, text)
+        runs[str(tokens)] = measure(arguments.case, tokens, student, arguments.work, arguments.text)
         found["settings"] = {
             "gptq_tokens": GPTQ_TOKENS,
             "evaluation_tokens_a_text": FINAL_TOKENS,

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from edgedistill.calibration_lines import CalibrationLine, calibration_lines
 from edgedistill.chat import Chat, load_tokenizer, render_conversation
 from edgedistill.errors import InputError
+from edgedistill.on_policy import is_drawn
 from edgedistill.student import Student
 from edgedistill.verify.prompts import common_prefix, read_as_used
 
@@ -34,18 +35,24 @@ class Calibration(BaseModel):
     """The text that a student is calibrated on.
 
     Attributes:
-        file: JSON lines (``.jsonl``) with ``text``, ``messages``, or ``prompt`` and ``answer``
-            each, as training data has them (the right one of ``choices`` is the answer), or plain
-            text; None for the three short texts that every artifact is verified on, some 1,500
-            tokens, of which all are used.
+        file: JSON lines (``.jsonl``) with ``text``, ``messages``, ``rendered`` (with the template's
+            marks in it), or ``prompt`` and ``answer`` each, as training data has them (the right
+            one of ``choices`` is the answer), or plain text; None for the three short texts that
+            every artifact is verified on, some 1,500 tokens, of which all are used.
         tokens: how many are used; what a file holds beyond them is left out.
         sequence_tokens: length of a sequence, never over the student's context.
         seed: of the order in which lines and passages are taken.
+        own_text: of the formats of ``file``, such as ``edgedistill write-text`` writes: what the
+            student says by itself, for domains that ``file`` has nothing of.
+        own_share: of the sequences that are taken from there, evenly spread; all of them where
+            there is no ``file``.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     file: Path | None = None
+    own_text: Path | None = None
+    own_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
     tokens: Annotated[int, Field(ge=32)] = 65536
     sequence_tokens: Annotated[int, Field(ge=16)] = 512
     seed: Annotated[int, Field(ge=0)] = 0
@@ -127,9 +134,37 @@ def calibration_pieces(
     tokenizer = load_tokenizer(student)
     facts = Student(student).facts
     length = min(calibration.sequence_tokens, calibration.tokens, facts.max_context_tokens)
-    count = calibration.tokens // length
-    lines = calibration_lines(calibration.file, length)
     reader = _Reader(tokenizer, chat, length, facts.vocab_size, reasoning)
+    return _mixed(reader, calibration, calibration.tokens // length, tail_power, hint)
+
+
+def _mixed(
+    reader: _Reader, calibration: Calibration, count: int, tail_power: float, hint: str | None
+) -> list[Piece]:
+    """So many sequences of both texts, evenly mixed: more of them begin with the same ones."""
+    own_text = calibration.own_text
+    if own_text is None:
+        return _drawn(reader, calibration, count, tail_power, hint)
+    own = calibration.model_copy(update={"file": own_text})
+    more = "write more text with `edgedistill write-text`, or lower calibration.own_share"
+    if calibration.file is None:
+        return _drawn(reader, own, count, 0.0, more)
+    owned = [is_drawn(place, calibration.own_share) for place in range(count)]
+    texts = {
+        False: iter(_drawn(reader, calibration, count - sum(owned), tail_power, hint)),
+        True: iter(_drawn(reader, own, sum(owned), 0.0, more)),
+    }
+    return [next(texts[mine]) for mine in owned]
+
+
+def _drawn(
+    reader: _Reader, calibration: Calibration, count: int, tail_power: float, hint: str | None
+) -> list[Piece]:
+    """So many sequences of ``calibration.file``."""
+    if count == 0:
+        return []
+    length = reader.length
+    lines = calibration_lines(calibration.file, length)
     packer = _Packer(length)
     for index in _order(lines, calibration.seed, tail_power):
         for piece in reader.pieces(lines[index]):
@@ -141,7 +176,7 @@ def calibration_pieces(
     held = len(packer.sequences) * length
     raise InputError(
         f"fills {len(packer.sequences)} sequences of {length} tokens, "
-        f"and {count} are asked for ({calibration.tokens} tokens)",
+        f"and {count} are asked for ({count * length} tokens)",
         where=str(calibration.file),
         hint=hint or (f"state `tokens: {held}`, or give more text" if held else "give more text"),
     )
@@ -161,6 +196,9 @@ def rendered_texts(tokenizer: Any, file: Path | None, chat: Chat) -> Iterator[st
         InputError: the file is unreadable or not of its format; the chat template refuses it.
     """
     for line in calibration_lines(file, WHOLE_TEXT_PASSAGE_TOKENS):
+        if line.rendered is not None:
+            yield line.rendered
+            continue
         if line.text is not None and not tokenizer.chat_template:
             yield line.text
             continue
@@ -222,6 +260,8 @@ class _Reader:
     def pieces(self, line: CalibrationLine) -> Iterator[Piece]:
         if line.text is not None:
             yield from self._passage(line.text, line.where)
+        elif line.rendered is not None:
+            yield Piece(self._ids(line.rendered)).first(self.length)
         elif line.recorded is not None:
             yield self._recorded(line).first(self.length)
         else:

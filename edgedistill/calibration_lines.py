@@ -46,6 +46,7 @@ class CalibrationLine:
     Attributes:
         where: for errors.
         text: that stands alone; None for a conversation.
+        rendered: a conversation as the chat template writes it, its marks included.
         turns: of the conversation, without its last answer.
         answer: the assistant's, to the last turn; None where it is still to come.
         reasoning: that the teacher wrote before the answer.
@@ -55,6 +56,7 @@ class CalibrationLine:
 
     where: str
     text: str | None = None
+    rendered: str | None = None
     turns: tuple[dict[str, str], ...] = ()
     answer: str | None = None
     reasoning: str | None = None
@@ -71,6 +73,7 @@ class _Line(BaseModel):
     """What is read of a JSON line; its other keys are for others."""
 
     text: str | None = None
+    rendered: str | None = None
     messages: list[_Message] | None = Field(default=None, min_length=1)
     prompt: str | None = None
     choices: list[str] | None = None
@@ -149,9 +152,10 @@ def _parse(line: str, where: str) -> CalibrationLine:
         raise InputError(f"is not JSON ({error})", where=where, hint=LINE_HINT) from error
     turns = _turns(fields)
     if turns is None:
-        if fields.text is None:
+        if fields.text is None and fields.rendered is None:
             raise InputError("has neither text nor messages", where=where, hint=LINE_HINT)
-        return CalibrationLine(where, fields.text, slices=fields.slices)
+        rendered = fields.rendered if fields.text is None else None
+        return CalibrationLine(where, fields.text, rendered, slices=fields.slices)
     answer = _answer(fields, turns, where)
     recorded = None
     if fields.tokens is not None:

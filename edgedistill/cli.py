@@ -28,6 +28,7 @@ from edgedistill.cli_options import (
 )
 from edgedistill.errors import ExitCode
 from edgedistill.search.command import search
+from edgedistill.student_commands import dequantize, record, write_text
 
 if TYPE_CHECKING:
     from edgedistill.build import Options
@@ -43,7 +44,6 @@ app = typer.Typer(
 
 suite_app = typer.Typer(help="Make evaluation suites.", no_args_is_help=True)
 app.add_typer(suite_app, name="suite")
-app.command()(search)
 
 
 def main() -> None:
@@ -130,45 +130,8 @@ def check(recipe: RecipePath, student: StudentOption = None) -> None:
     _run(run)
 
 
-@app.command()
-def dequantize(
-    source: Annotated[Path, typer.Argument(help="A student directory.", metavar="SRC")],
-    destination: Annotated[Path, typer.Argument(help="A new directory.", metavar="DST")],
-) -> None:
-    """Write a float32 copy of a quantized student, which opens in transformers."""
-
-    def run() -> int:
-        from edgedistill.intake import dequantize as dequantize_student
-
-        dequantize_student(source, destination)
-        return ExitCode.OK
-
-    _run(run)
-
-
-@app.command()
-def record(
-    teacher: Annotated[Path, typer.Argument(help="A student directory.", metavar="TEACHER")],
-    data: Annotated[Path, typer.Argument(help="Conversations, JSON lines.", metavar="DATA")],
-    out: Annotated[Path, typer.Option("--out", help="A new file.", metavar="JSONL")],
-    system: Annotated[str | None, typer.Option(help="As the recipe's chat.system.")] = None,
-    top_k: Annotated[int, typer.Option(min=0, help="Likeliest tokens to record.")] = 0,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
-    lines: Annotated[int | None, typer.Option(min=1, help="Ask only the first.")] = None,
-    threads: Annotated[int, typer.Option("--threads", min=1, max=256)] = 2,
-) -> None:
-    """Record a teacher's answers, for `heal` to learn from."""
-
-    def run() -> int:
-        from edgedistill.chat import Chat
-        from edgedistill.record_answers import RecordSettings, record_answers
-
-        settings = RecordSettings(Chat(system=system), top_k, max_tokens, lines, threads)
-        count = record_answers(teacher, data, out, settings)
-        typer.echo(f"{count} answers in {out}", err=True)
-        return ExitCode.OK
-
-    _run(run)
+for command in (search, dequantize, record, write_text):
+    app.command()(command)
 
 
 @app.command()

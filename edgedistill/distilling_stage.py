@@ -153,6 +153,8 @@ class DistillingStage(Stage):
         update = {
             "tokens": behind_tokens + self.held_out_tokens + read,
             "file": file or self.calibration.file,
+            # What is stated instead of the calibration text is all of it.
+            "own_text": None if file else self.calibration.own_text,
         }
         return training_split(
             student,

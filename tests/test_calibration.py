@@ -212,6 +212,8 @@ def test_the_recipes_calibration_reaches_the_stages_that_state_none(
     assert rungs["rtn"].model_fields_set == {"bits"}
     assert rungs["gptq"].model_dump()["calibration"] == {
         "file": text,
+        "own_text": None,
+        "own_share": 0.5,
         "tokens": 512,
         "sequence_tokens": 512,
         "seed": 0,
