@@ -103,7 +103,9 @@ def _sequences(
             begun = torch.tensor([opening] * rows, dtype=torch.int64)
             if not opening:
                 begun = torch.randint(vocab_size, (rows, 1))
-            written = model.generate(begun, generation_config=_sampling(length, begun.shape[1]))
+            # Not as an argument: what is None in it, the model's own config would fill in.
+            model.generation_config = _sampling(length, begun.shape[1])
+            written = model.generate(begun)
             yield from written.tolist()
             bar.advance(rows)
 

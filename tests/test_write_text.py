@@ -76,6 +76,17 @@ def test_tokens_are_drawn_from_what_transformers_predicts(
     assert abs(float(surprise.mean())) < 5 * error
 
 
+def test_no_stated_end_ends_a_sequence_and_no_stated_sampling_counts(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    ending = shutil.copytree(tiny("llama"), tmp_path / "ending")
+    stated = {"eos_token_id": list(range(0, 200)), "pad_token_id": 3, "do_sample": True}
+    stated |= {"top_k": 2, "temperature": 0.3, "repetition_penalty": 1.5}
+    (ending / "generation_config.json").write_text(json.dumps(stated))
+    found = _written(ending, tmp_path / "a", tokens=256, sequence_tokens=64)
+    assert found == _written(tiny("llama"), tmp_path / "b", tokens=256, sequence_tokens=64)
+
+
 def test_without_a_template_it_goes_on_from_its_first_token(tiny: Tiny, tmp_path: Path) -> None:
     bare = shutil.copytree(tiny("llama"), tmp_path / "bare")
     (bare / "chat_template.jinja").unlink()
