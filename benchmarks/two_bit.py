@@ -44,7 +44,7 @@ from edgedistill.write_text import WritingSettings, write_own_text
 
 ROOT = Path(__file__).resolve().parents[1]
 GPTQ_TOKENS, CURVE_TOKENS, FINAL_TOKENS, SEQUENCE_TOKENS = 16384, 2048, 10240, 512
-OWN_TOKENS = 49152
+OWN_TOKENS = 24576  # enough for budgets up to 28,000
 POINT_TOKENS = 8192  # between two points of the curve of a large budget
 COMMON: dict[str, Any] = {"held_out_tokens": 4096, "patience": 1000}
 ON_8, ON_4 = GridChoice(bits=8), GridChoice(bits=4, zero="fixed")
