@@ -7,11 +7,13 @@ that all take the same one (data parallelism).
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from edgedistill.decoder_forward import CPU
 
 Item = TypeVar("Item")
 
@@ -28,7 +30,7 @@ class Team:
 
     rank: int = 0
     size: int = 1
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    device: torch.device = CPU
 
     @property
     def leads(self) -> bool:

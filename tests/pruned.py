@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from edgedistill.healing_results import HEALING_FILE, Healing
+from edgedistill.stages.heal import Heal
 from edgedistill.student import Student, StudentWriter
 
 Change = Callable[[str, npt.NDArray[np.float32]], npt.NDArray[np.float32]]
@@ -38,6 +40,17 @@ def mean_kl(reference: torch.Tensor, other: torch.Tensor) -> float:
     """KL(reference || other) from logits, written out by its definition in float64."""
     p, q = (x.double().softmax(-1) for x in (reference, other))
     return float((p * (p.log() - q.log())).sum(-1).mean())
+
+
+def heal(stage: Heal, src: Path, dst: Path, teacher: Path, work: Path | None = None) -> Healing:
+    """Run the stage into a new directory; what it says of itself."""
+    stage.run_beside(src, empty(dst), teacher=teacher, work=work)
+    return Healing.model_validate_json((dst / HEALING_FILE).read_bytes())
+
+
+def file_bytes(directory: Path) -> dict[str, bytes]:
+    """Of every file, by name."""
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
 
 
 def edited(student: Path, dst: Path, change: Change) -> Path:

@@ -17,7 +17,6 @@ from edgedistill.chat import Chat
 from edgedistill.distill import Distillation, DistillSettings
 from edgedistill.distill_loss import LossSettings, soft_loss
 from edgedistill.errors import InputError, StageError
-from edgedistill.healing_results import HEALING_FILE, Healing
 from edgedistill.held_out import split_text
 from edgedistill.pruned_student import drop_layers
 from edgedistill.stages.heal import Heal
@@ -26,7 +25,7 @@ from edgedistill.student import Student
 from edgedistill.trainable_decoder import TrainableDecoder, Trained
 from edgedistill.training_text import TrainingText
 from tests.interrupted import Interruption
-from tests.pruned import edited, empty, load, logits, mean_kl, random_ids
+from tests.pruned import edited, empty, file_bytes, heal, load, logits, mean_kl, random_ids
 from tests.tiny import FAMILY_CONFIGS
 
 pytestmark = pytest.mark.slow
@@ -47,15 +46,6 @@ def pruned(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("pruned")
     drop_layers(Student(tiny("llama")), out, (1,))
     return out
-
-
-def _heal(stage: Heal, src: Path, dst: Path, teacher: Path, work: Path | None = None) -> Healing:
-    stage.run_beside(src, empty(dst), teacher=teacher, work=work)
-    return Healing.model_validate_json((dst / HEALING_FILE).read_bytes())
-
-
-def _files(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
 
 
 def test_loss_is_hintons_by_its_definition() -> None:
@@ -112,7 +102,7 @@ def test_healing_lowers_the_kl_that_transformers_measures(
     tiny: Tiny, pruned: Path, tmp_path: Path, trained: Trained
 ) -> None:
     teacher = tiny("llama")
-    found = _heal(Heal(trained=trained, **BUDGET), pruned, out := tmp_path / "out", teacher)
+    found = heal(Heal(trained=trained, **BUDGET), pruned, out := tmp_path / "out", teacher)
     text = split_text(pruned, SHORT, Chat(), held_out_tokens=256).held_out
     expected = logits(load(teacher), text)
     before, after = (mean_kl(expected, logits(load(path), text)) for path in (pruned, out))
@@ -129,7 +119,7 @@ def test_only_what_is_trained_moves(tiny: Tiny, pruned: Path, tmp_path: Path) ->
     teacher, source = tiny("llama"), Student(pruned)
     for trained in ("norms", "lora"):
         stage = Heal.model_validate({"trained": trained, "rank": 4, **BUDGET})
-        found = _heal(stage, pruned, out := tmp_path / trained, teacher)
+        found = heal(stage, pruned, out := tmp_path / trained, teacher)
         healed = Student(out)
         moved = {n for n in source.names() if (healed.read(n) != source.read(n)).any()}
         assert moved
@@ -147,8 +137,8 @@ def test_only_what_is_trained_moves(tiny: Tiny, pruned: Path, tmp_path: Path) ->
 
 def test_healing_twice_writes_the_same_bytes(tiny: Tiny, pruned: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
-        _heal(Heal(trained="lora", **BUDGET), pruned, tmp_path / name, tiny("llama"))
-    assert _files(tmp_path / "a") == _files(tmp_path / "b")
+        heal(Heal(trained="lora", **BUDGET), pruned, tmp_path / name, tiny("llama"))
+    assert file_bytes(tmp_path / "a") == file_bytes(tmp_path / "b")
 
 
 @pytest.mark.parametrize("trained", ["full", "lora"])
@@ -156,15 +146,15 @@ def test_a_run_that_was_killed_ends_in_the_bytes_of_one_that_was_not(
     tiny: Tiny, pruned: Path, tmp_path: Path, trained: Trained, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stage, work = Heal(trained=trained, **BUDGET), empty(tmp_path / "work")
-    _heal(stage, pruned, tmp_path / "whole", tiny("llama"))
+    heal(stage, pruned, tmp_path / "whole", tiny("llama"))
     interruption = Interruption(monkeypatch, after=10)
     with pytest.raises(KeyboardInterrupt):
-        _heal(stage, pruned, tmp_path / "killed", tiny("llama"), work)
+        heal(stage, pruned, tmp_path / "killed", tiny("llama"), work)
     assert not list((tmp_path / "killed").iterdir())
     interruption.lift()
-    _heal(stage, pruned, tmp_path / "resumed", tiny("llama"), work)
+    heal(stage, pruned, tmp_path / "resumed", tiny("llama"), work)
     assert interruption.taken == 8  # from the evaluation after 8 steps to the 16th
-    assert _files(tmp_path / "resumed") == _files(tmp_path / "whole")
+    assert file_bytes(tmp_path / "resumed") == file_bytes(tmp_path / "whole")
 
 
 def test_training_stops_when_the_held_out_kl_ceases_to_fall_and_keeps_the_best(
@@ -173,7 +163,7 @@ def test_training_stops_when_the_held_out_kl_ceases_to_fall_and_keeps_the_best(
     """At a rate that first helps and then destroys."""
     settings = BUDGET | {"tokens": 8192, "evaluations": 64, "patience": 2}
     stage = Heal(learning_rate=0.006, **settings)
-    found = _heal(stage, pruned, out := tmp_path / "out", tiny("llama"))
+    found = heal(stage, pruned, out := tmp_path / "out", tiny("llama"))
     assert found.stopped_early
     assert found.curve[-1].step == found.kept_step + 2 * (found.curve[1].step)
     assert found.kl_after < found.curve[-1].held_out_kl
@@ -185,7 +175,7 @@ def test_training_stops_when_the_held_out_kl_ceases_to_fall_and_keeps_the_best(
 def test_healing_that_makes_it_worse_is_an_error(tiny: Tiny, pruned: Path, tmp_path: Path) -> None:
     stage = Heal(learning_rate=1.0, **BUDGET)
     with pytest.raises(StageError, match=r"did not lower|held-out KL is"):
-        _heal(stage, pruned, tmp_path / "out", tiny("llama"))
+        heal(stage, pruned, tmp_path / "out", tiny("llama"))
     assert not (tmp_path / "out" / "config.json").exists()
 
 
@@ -193,10 +183,10 @@ def test_text_of_its_own_is_read_as_often_as_told(tiny: Tiny, pruned: Path, tmp_
     data = tmp_path / "data.txt"
     data.write_text("I love this film! It was terrible, though.\n" * 150, encoding="utf-8")
     fields = BUDGET | {"tokens": 1024, "data": data}
-    found = _heal(Heal(passes=2, **fields), pruned, tmp_path / "out", tiny("llama"))
+    found = heal(Heal(passes=2, **fields), pruned, tmp_path / "out", tiny("llama"))
     assert found.curve[-1].tokens == 1024
     with pytest.raises(InputError, match="tokens"):
-        _heal(Heal(**fields | {"tokens": 65536}), pruned, tmp_path / "more", tiny("llama"))
+        heal(Heal(**fields | {"tokens": 65536}), pruned, tmp_path / "more", tiny("llama"))
 
 
 def test_teachers_that_do_not_fit_are_refused(tiny: Tiny, pruned: Path, tmp_path: Path) -> None:
@@ -214,7 +204,7 @@ def test_teachers_that_do_not_fit_are_refused(tiny: Tiny, pruned: Path, tmp_path
         Heal(teacher=other, **BUDGET).run(pruned, empty(tmp_path / "out"))
     QuantizeRtn(bits=8).run(pruned, quantized := empty(tmp_path / "int8"))
     with pytest.raises(InputError, match="quantized"):
-        _heal(Heal(**BUDGET), quantized, tmp_path / "none", tiny("llama"))
+        heal(Heal(**BUDGET), quantized, tmp_path / "none", tiny("llama"))
 
 
 def test_a_teacher_of_another_size_of_vocabulary_is_refused(pruned: Path, tmp_path: Path) -> None:
@@ -233,7 +223,7 @@ def test_weights_that_are_not_numbers_are_told(tiny: Tiny, pruned: Path, tmp_pat
 
     broken = edited(pruned, tmp_path / "broken", change)
     with pytest.raises(StageError, match="before any training"):
-        _heal(Heal(**BUDGET), broken, tmp_path / "out", tiny("llama"))
+        heal(Heal(**BUDGET), broken, tmp_path / "out", tiny("llama"))
 
 
 def test_a_damaged_checkpoint_is_told_with_its_place(
@@ -242,5 +232,5 @@ def test_a_damaged_checkpoint_is_told_with_its_place(
     work = empty(tmp_path / "work")
     (work / "state.pt").write_bytes(b"not a checkpoint")
     with pytest.raises(StageError, match=r"state\.pt") as caught:
-        _heal(Heal(**BUDGET), pruned, tmp_path / "out", tiny("llama"), work)
+        heal(Heal(**BUDGET), pruned, tmp_path / "out", tiny("llama"), work)
     assert "delete it" in str(caught.value)

@@ -24,7 +24,6 @@ from edgedistill.distill import Distillation, DistillSettings
 from edgedistill.distill_loss import LossSettings
 from edgedistill.errors import UnavailableError
 from edgedistill.grid_learner import GridLearner
-from edgedistill.healing_results import HEALING_FILE, Healing
 from edgedistill.learner import Learner
 from edgedistill.pruned_student import drop_layers
 from edgedistill.stages.heal import Heal
@@ -36,7 +35,7 @@ from edgedistill.team_launch import run_in_team
 from edgedistill.trainable_decoder import TrainableDecoder
 from edgedistill.training_text import Recorded, TrainingText
 from tests.interrupted import Interruption
-from tests.pruned import empty, random_ids
+from tests.pruned import empty, file_bytes, heal, random_ids
 
 pytestmark = pytest.mark.slow
 Tiny = Callable[[str], Path]
@@ -68,23 +67,14 @@ def quantized(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def _heal(stage: Heal, src: Path, dst: Path, teacher: Path, work: Path | None = None) -> Healing:
-    stage.run_beside(src, empty(dst), teacher=teacher, work=work)
-    return Healing.model_validate_json((dst / HEALING_FILE).read_bytes())
-
-
-def _files(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
-
-
 @pytest.mark.parametrize("more", [{}, {"trained": "lora", "on_policy": 0.5}, {"processes": 3}])
 def test_processes_take_the_steps_of_one(
     tiny: Tiny, pruned: Path, tmp_path: Path, more: dict[str, Any]
 ) -> None:
     alone = Heal.model_validate({**BUDGET, **more, "processes": 1})
     together = Heal.model_validate({"processes": 2, **BUDGET, **more})
-    one = _heal(alone, pruned, tmp_path / "one", tiny("llama"))
-    several = _heal(together, pruned, tmp_path / "several", tiny("llama"))
+    one = heal(alone, pruned, tmp_path / "one", tiny("llama"))
+    several = heal(together, pruned, tmp_path / "several", tiny("llama"))
     for expected, found in zip(one.curve, several.curve, strict=True):
         assert found.held_out_kl == pytest.approx(expected.held_out_kl, rel=1e-4)
     losses = [[point.loss for point in run.curve[1:]] for run in (several, one)]
@@ -115,15 +105,15 @@ def test_a_team_that_was_killed_ends_in_the_bytes_of_one_that_was_not(
     tiny: Tiny, pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stage, work = Heal(processes=2, **BUDGET), empty(tmp_path / "work")
-    _heal(stage, pruned, tmp_path / "whole", tiny("llama"))
+    heal(stage, pruned, tmp_path / "whole", tiny("llama"))
     interruption = Interruption(monkeypatch, after=3)  # of the first process
     with pytest.raises(KeyboardInterrupt):
-        _heal(stage, pruned, tmp_path / "killed", tiny("llama"), work)
+        heal(stage, pruned, tmp_path / "killed", tiny("llama"), work)
     assert not list((tmp_path / "killed").iterdir())
     interruption.lift()
-    _heal(stage, pruned, tmp_path / "resumed", tiny("llama"), work)
+    heal(stage, pruned, tmp_path / "resumed", tiny("llama"), work)
     assert interruption.taken == 3  # from the evaluation after 2 of 5 steps
-    assert _files(tmp_path / "resumed") == _files(tmp_path / "whole")
+    assert file_bytes(tmp_path / "resumed") == file_bytes(tmp_path / "whole")
 
 
 def _add_up(team: Team, *, out: Path) -> None:
@@ -163,7 +153,7 @@ def test_gpus_that_are_not_there_are_told(
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
     stage = Heal(device="gpu", processes=2, **BUDGET)
     with pytest.raises(UnavailableError, match="2 GPUs are asked for, and torch finds 1") as error:
-        _heal(stage, pruned, tmp_path / "out", tiny("llama"))
+        heal(stage, pruned, tmp_path / "out", tiny("llama"))
     assert "device: cpu" in str(error.value)
 
 
