@@ -6,7 +6,8 @@ Narrower blocks compute exactly what the wide ones would with the other channels
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,18 +56,18 @@ def _kept_entries(key: str, value: Any, layers: int, kept: list[int]) -> Any:
 
 
 @dataclass(frozen=True)
-class KeptWidth:
-    """What stays of a student's widths; places are ascending.
+class BlockWidth:
+    """What stays of a block's widths; places are ascending, and as many in every block.
 
     Attributes:
-        ffn: channels of the feed-forward network, of each layer, as many in each.
-        kv_groups: key heads, each with the query heads that share it, likewise.
-        hidden: channels of the residual stream, the same everywhere.
+        ffn: channels of the feed-forward network.
+        kv_groups: key heads, each with the query heads that share it.
+        exits: by short names, matrices in the place of the student's own: float32, of its shape.
     """
 
-    ffn: list[Places]
-    kv_groups: list[Places]
-    hidden: Places
+    ffn: Places
+    kv_groups: Places
+    exits: Mapping[str, FloatArray] = field(default_factory=dict)
 
 
 def width_sizes(facts: DecoderFacts) -> dict[str, int]:
@@ -80,24 +81,32 @@ def width_sizes(facts: DecoderFacts) -> dict[str, int]:
     }
 
 
-def narrow(student: Student, dst: Path, kept: KeptWidth, after: DecoderFacts) -> None:
+def narrow(
+    student: Student, dst: Path, hidden: Places, blocks: Iterable[BlockWidth], after: DecoderFacts
+) -> None:
     """Write ``student`` with the kept channels alone, of sizes ``after``, into the empty ``dst``.
 
     Fewer hidden channels change what a norm divides by: the mean is taken over fewer squares.  So
     that it equals the whole student's with the other channels at zero, epsilon included, all that
     writes to the stream is scaled by sqrt(kept / all), and the norms that read it by the inverse.
     A norm between a matrix and the stream hands on what it reads in that scale.
+
+    Args:
+        student: the whole one.
+        dst: where the narrow one is written.
+        hidden: channels of the residual stream that stay, the same everywhere; ascending.
+        blocks: what stays of every block, in order; each is written before the next is asked for.
+        after: the sizes that all this comes to.
     """
     facts = student.facts
-    pieces = _pieces(facts, kept)
-    scales = _stream_scales(facts, len(kept.hidden))
+    scales = _stream_scales(facts, len(hidden))
     norms = facts.all_norms()
     config = {**student.config, **width_sizes(after)}
+    # What no fact names (a copy of a tied head, say) could not be kept in step.
     with StudentWriter(dst, student, config) as writer:
-        # What no fact names (a copy of a tied head, say) could not be kept in step.
-        for name in track(list(pieces), label="removing channels"):
-            values = student.read(name)
-            for axis, places in enumerate(pieces[name]):
+
+        def write(name: str, kept: tuple[Places, ...], values: FloatArray) -> None:
+            for axis, places in enumerate(kept):
                 if len(places) != values.shape[axis]:
                     values = values.take(places, axis=axis)
             if scales.get(name, 1.0) != 1.0:
@@ -107,30 +116,33 @@ def narrow(student: Student, dst: Path, kept: KeptWidth, after: DecoderFacts) ->
                 values = scaled.astype(np.float32)
             writer.write(name, values)
 
+        for layer, block in enumerate(blocks):
+            fitted = {facts.linears(layer)[short]: m for short, m in block.exits.items()}
+            for name, kept in _block_pieces(facts, layer, hidden, block).items():
+                write(name, kept, fitted[name] if name in fitted else student.read(name))
+        vocabulary = np.arange(facts.vocab_size)
+        for name in dict.fromkeys((facts.embedding, facts.head)):
+            write(name, (vocabulary, hidden), student.read(name))
+        write(facts.final_norm, (hidden,), student.read(facts.final_norm))
 
-def _pieces(facts: DecoderFacts, kept: KeptWidth) -> dict[str, tuple[Places, ...]]:
-    """Every tensor's name -> the places that stay along each of its axes."""
-    hidden = kept.hidden
-    vocabulary = np.arange(facts.vocab_size)
+
+def _block_pieces(
+    facts: DecoderFacts, layer: int, hidden: Places, block: BlockWidth
+) -> dict[str, tuple[Places, ...]]:
+    """Every tensor of a block -> the places that stay along each of its axes."""
+    group = facts.heads // facts.kv_heads
+    narrow_places = _head_places(block.kv_groups, facts.head_dim)
+    wide_places = _head_places(block.kv_groups, group * facts.head_dim)
+    rows = {"q": wide_places, "k": narrow_places, "v": narrow_places, "o": hidden}
+    rows |= {"gate": block.ffn, "up": block.ffn, "down": hidden}
+    columns = dict.fromkeys(rows, hidden) | {"o": wide_places, "down": block.ffn}
+    of_head = np.arange(facts.head_dim)
     pieces: dict[str, tuple[Places, ...]] = {
-        facts.embedding: (vocabulary, hidden),
-        facts.head: (vocabulary, hidden),
-        facts.final_norm: (hidden,),
+        name: (rows[short], columns[short]) for short, name in facts.linears(layer).items()
     }
-    for layer in range(facts.layers):
-        group = facts.heads // facts.kv_heads
-        narrow_places = _head_places(kept.kv_groups[layer], facts.head_dim)
-        wide_places = _head_places(kept.kv_groups[layer], group * facts.head_dim)
-        channels = kept.ffn[layer]
-        rows = {"q": wide_places, "k": narrow_places, "v": narrow_places, "o": hidden}
-        rows |= {"gate": channels, "up": channels, "down": hidden}
-        columns = dict.fromkeys(rows, hidden) | {"o": wide_places, "down": channels}
-        pieces |= {n: (rows[s], columns[s]) for s, n in facts.linears(layer).items()}
-        pieces |= {n: (rows[s],) for s, n in facts.biases(layer).items()}
-        of_head = np.arange(facts.head_dim)
-        norms = facts.norms(layer).items()
-        pieces |= {n: (of_head if s in ("q", "k") else hidden,) for s, n in norms}
-    return pieces
+    pieces |= {name: (rows[short],) for short, name in facts.biases(layer).items()}
+    norms = facts.norms(layer).items()
+    return pieces | {n: (of_head if s in ("q", "k") else hidden,) for s, n in norms}
 
 
 def _head_places(groups: Places, width: int) -> Places:

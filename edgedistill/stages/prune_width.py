@@ -18,10 +18,11 @@ Size = Annotated[int, Field(ge=1)]
 
 
 class PruneWidth(Stage):
-    """Remove the channels that carry least, by their activations on the calibration text.
+    """Remove the channels that the others can best make up for, on the calibration text.
 
     Which channels go is each layer's own choice; how many is the same everywhere, so that the
-    result is a plain checkpoint.  All importance is taken from the student that arrives.
+    result is a plain checkpoint.  The matrices that write to the stream are fitted anew to what
+    stays.  Channels of the stream itself go by their activations in the student that arrives.
 
     Attributes:
         ffn_size: channels of the feed-forward network that stay.
@@ -30,7 +31,7 @@ class PruneWidth(Stage):
         hidden_size: channels of the residual stream that stay.
         multiple_of: that FFN and hidden sizes have to be; groups of quantization and kernels of
             runtimes want 32 or 64, K-quants 256.
-        importance_tokens: of the calibration text that the channels are weighed on.
+        importance_tokens: of the calibration text that channels are chosen and matrices fitted on.
         held_out_tokens: as many more that the result is measured on.
         second: text of another domain, on which the result is measured too.
         calibration: the text to choose on; from the recipe where it is not stated.
@@ -78,10 +79,15 @@ class PruneWidth(Stage):
         )
 
     def cost(self, facts: DecoderFacts) -> StageCost:
-        """One pass over the text that the channels are weighed on, a few over the held-out one."""
-        tokens = self.importance_tokens + 4 * self.held_out_tokens
-        states = 4 * self.importance_tokens * facts.hidden_size * 2
-        return StageCost(tokens, states + 2 * 4 * facts.vocab_size * facts.hidden_size)
+        """Passes of the whole and the narrow student over the text to choose on, and what it holds.
+
+        That is both streams, what a matrix reads, and the sums, inverse and solution of its fit.
+        """
+        passes = 2 if self.hidden_size is None else 3
+        tokens = passes * self.importance_tokens + 4 * self.held_out_tokens
+        states = 4 * self.importance_tokens * (3 * facts.hidden_size + facts.ffn_size)
+        fit = 8 * 4 * facts.ffn_size**2
+        return StageCost(tokens, max(states + fit, 2 * 4 * facts.vocab_size * facts.hidden_size))
 
     def problems(self, facts: DecoderFacts, quantized: bool) -> list[str]:
         """A quantized student; sizes that are no smaller, or that formats do not like."""
@@ -112,21 +118,28 @@ class PruneWidth(Stage):
 
     def run(self, src: Path, dst: Path) -> None:
         """Weigh the channels, write the narrower student and what was found."""
-        from edgedistill.channel_importance import channel_importance
+        import numpy as np
+
         from edgedistill.held_out import split_text
+        from edgedistill.hidden_importance import hidden_importance, kept_share, largest
         from edgedistill.pruned_student import narrow, width_sizes
         from edgedistill.pruning_loss import measure_losses
         from edgedistill.pruning_results import Pruning, second_loses_more
+        from edgedistill.width_choice import WidthChoice
 
         student = Student(src)
         self.refuse_misfit(student)
         tokens = min(self.calibration.tokens, self.importance_tokens + self.held_out_tokens)
         calibration = self.calibration.model_copy(update={"tokens": tokens})
         text = split_text(src, calibration, self.chat, held_out_tokens=self.held_out_tokens)
-        importance = channel_importance(src, text.fitting)
         after = self.facts_after(student.facts)
-        kept = importance.largest(after)
-        narrow(student, dst, kept, after)
+        hidden, shares = np.arange(after.hidden_size), []
+        if self.hidden_size is not None:
+            scores = hidden_importance(src, text.fitting)
+            hidden = largest(scores, after.hidden_size)
+            shares = [kept_share(scores, hidden)]
+        choice = WidthChoice(src, text.fitting, hidden, after)
+        narrow(student, dst, hidden, choice, after)
         losses = measure_losses(
             src, dst, text.held_out, second=self.second, calibration=calibration, chat=self.chat
         )
@@ -138,5 +151,5 @@ class PruneWidth(Stage):
             after=width_sizes(after),
             losses=losses,
             second_loses_more=second_loses_more(losses),
-            kept=importance.kept_shares(kept),
+            kept=choice.kept_shares() + shares,
         ).write(dst)
