@@ -54,7 +54,8 @@ def eliminate(
     groups = matrix.shape[1] // width
     # All inputs zero (a block without effect): any positive number will do.
     d = damping * float(hessian.diagonal().mean()) or 1.0
-    damped = hessian + d * torch.eye(len(hessian), dtype=torch.float64)
+    damped = hessian.clone()
+    damped.diagonal().add_(d)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     left = (moment + d * matrix.double()) @ inverse
     alive = torch.ones(groups, dtype=torch.bool)
@@ -83,8 +84,8 @@ def _losses(left: Tensor, inverse: Tensor, alive: Tensor, width: int) -> Tensor:
 def _remove(left: Tensor, inverse: Tensor, columns: Tensor) -> None:
     """Bring the minimum and the inverse to where ``columns`` are zero, in place."""
     rows = torch.linalg.solve(inverse[columns][:, columns], inverse[columns])
-    left -= left[:, columns] @ rows
-    inverse -= inverse[:, columns] @ rows
+    left.addmm_(left[:, columns], rows, alpha=-1)
+    inverse.addmm_(inverse[:, columns], rows, alpha=-1)
     left[:, columns] = 0.0
     # Of what is gone, one on the diagonal is as good as any number to divide by.
     inverse[columns] = 0.0

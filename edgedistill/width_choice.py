@@ -47,14 +47,15 @@ class WidthChoice:
         facts = self._decoder.facts
         self._silent = torch.ones(facts.hidden_size, dtype=torch.bool)
         self._silent[torch.from_numpy(hidden)] = False
-        self._parts = torch.split(ids, max(1, BATCH_TOKENS // ids.shape[1]))
+        self._ids = ids
         self._whole: list[Tensor] = []
         self._narrow: list[Tensor] = []
         self._shares: dict[str, list[float]] = {ATTENTION.exit: [], FFN.exit: []}
 
     def __iter__(self) -> Iterator[BlockWidth]:
         with torch.inference_mode():
-            self._whole = [self._decoder.embed(part) for part in self._parts]
+            count = max(1, BATCH_TOKENS // self._ids.shape[1])
+            self._whole = list(torch.split(self._decoder.embed(self._ids), count))
             self._narrow = [hidden.masked_fill(self._silent, 0.0) for hidden in self._whole]
         for layer in track(range(self._decoder.facts.layers), label="choosing channels"):
             yield self._choose(layer)
@@ -130,5 +131,6 @@ class WidthChoice:
 
 def _kept_share(carried: Tensor, kept: Places) -> float:
     """The share of float64 [groups] that stays; exactly one where nothing that carries went."""
-    gone = np.setdiff1d(np.arange(len(carried)), kept)
-    return 1.0 - float(carried[torch.from_numpy(gone)].sum() / carried.sum())
+    gone = torch.from_numpy(np.setdiff1d(np.arange(len(carried)), kept))
+    lost = float(carried[gone].sum())
+    return 1.0 - lost / float(carried.sum()) if lost else 1.0

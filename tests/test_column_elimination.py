@@ -102,27 +102,14 @@ def test_many_columns_go_a_few_at_a_time_to_the_same_minimum() -> None:
 
 
 def test_a_matrix_that_reads_zeros_keeps_as_many_as_asked() -> None:
-    zeros = torch.zeros(6, 6, dtype=torch.float64)
-    found = eliminate(
-        zeros,
-        torch.zeros(2, 6, dtype=torch.float64),
-        torch.ones(2, 6),
-        width=1,
-        keep=4,
-        damping=0.1,
-    )
+    zeros = torch.zeros(3, 6, dtype=torch.float64)
+    found = _run(zeros, zeros[:, :2], torch.ones(2, 6), 1, 4)
     assert len(found.kept) == 4
     torch.testing.assert_close(found.matrix[:, found.kept], torch.ones(2, 4))
 
 
 def test_sums_that_are_not_finite_are_refused() -> None:
-    bad = torch.full((4, 4), float("nan"), dtype=torch.float64)
+    inputs, wanted, matrix = _problem(8)
+    inputs[0, 3] = float("inf")
     with pytest.raises(StageError, match="not finite"):
-        eliminate(
-            bad,
-            torch.zeros(2, 4, dtype=torch.float64),
-            torch.ones(2, 4),
-            width=1,
-            keep=2,
-            damping=0.1,
-        )
+        _run(inputs, wanted, matrix, 1, 4)

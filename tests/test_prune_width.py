@@ -21,7 +21,7 @@ from edgedistill.stages.prune_width import PruneWidth
 from edgedistill.stages.quantize_rtn import QuantizeRtn
 from edgedistill.student import Student
 from edgedistill.width_choice import WidthChoice
-from tests.pruned import edited, empty, load, logits, mean_kl, random_ids
+from tests.pruned import edited, empty, load, logits, mean_kl, random_ids, without_effect
 from tests.tiny import FAMILY_CONFIGS, write_student
 
 pytestmark = pytest.mark.slow
@@ -181,6 +181,15 @@ def test_a_chosen_width_costs_less_than_a_random_one(tiny: Tiny, tmp_path: Path)
         narrow(student, out := empty(tmp_path / str(seed)), hidden, blocks, after)
         costs.append(mean_kl(whole, logits(load(out), ids)))
     assert costs[0] < 0.9 * min(costs[1:])
+
+
+def test_a_block_without_effect_is_pruned_like_any_other(tiny: Tiny, tmp_path: Path) -> None:
+    student = without_effect(tiny("llama"), tmp_path / "student", (1,))
+    PruneWidth(ffn_size=64, calibration=SHORT).run(student, out := empty(tmp_path / "out"))
+    found = Pruning.model_validate_json((out / PRUNING_FILE).read_bytes())
+    (ffn,) = found.kept
+    assert (ffn.what, ffn.least <= ffn.mean < 1.0) == ("FFN channels", True)
+    assert logits(load(out), random_ids()).isfinite().all()
 
 
 def test_stage_tells_sizes_parameters_and_shares(tiny: Tiny, tmp_path: Path) -> None:
