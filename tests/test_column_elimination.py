@@ -36,7 +36,8 @@ def _best_on(inputs: Tensor, wanted: Tensor, matrix: Tensor, columns: list[int])
     d = DAMPING * float((inputs**2).sum(0).mean())
     rows = torch.cat([inputs[:, columns], d**0.5 * torch.eye(len(columns), dtype=torch.float64)])
     right = torch.cat([wanted, d**0.5 * matrix[:, columns].double().T])
-    return torch.linalg.lstsq(rows, right).solution.T
+    best: Tensor = torch.linalg.lstsq(rows, right).solution
+    return best.T
 
 
 def _loss(inputs: Tensor, wanted: Tensor, matrix: Tensor, found: Tensor) -> float:
