@@ -31,8 +31,6 @@ from edgedistill.tasks import (
     Verify,
 )
 
-# The runtimes that run a whole suite in minutes, in the order in which they are asked to judge.
-JUDGING_FORMATS = ("gguf", "onnx")
 REFERENCE_RUNTIME = "torch_reference"
 
 
@@ -159,7 +157,7 @@ class _Planner:
         if not formats:
             return []
         student = self._stages(f"{rung}: ", self._recipe.rungs[rung], self._shared)
-        judge = next((f for f in JUDGING_FORMATS if f in formats), None)
+        judge = self._recipe.evaluate.judging(formats)
         return [self._artifact(rung, name, student, judges=name == judge) for name in formats]
 
     def _artifact(self, rung: str, name: str, student: Step, *, judges: bool) -> ArtifactSteps:

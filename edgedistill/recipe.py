@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -48,6 +49,9 @@ def _as_pydantic(error: EdgedistillError) -> PydanticCustomError:
 
 
 FormatName = Annotated[str, AfterValidator(_known_format)]
+
+# The formats whose runtimes run a whole suite in minutes, in the order in which they are asked.
+JUDGING_FORMATS = ("gguf", "onnx")
 
 
 class Part(BaseModel):
@@ -155,16 +159,24 @@ class EvaluateSettings(Part):
     """How the suite is run.
 
     Attributes:
+        judge: the format that runs the whole suite, of rungs that are exported to it; GGUF unless
+            said, else ONNX.
         sample: format -> cases of its paired sample, where another format of the rung judges.
         stop_early: score cases in a random order, and stop when the verdict is decided.
         expect: by which `plan` says what the suite can decide.
         traffic_sample: distinct prompts of the traffic that reference and artifact are run on.
     """
 
+    judge: FormatName | None = None
     sample: dict[FormatName, Annotated[int, Field(ge=1)]] = {}
     stop_early: bool = False
     expect: Expected = Expected()
     traffic_sample: Annotated[int, Field(ge=1)] = 300
+
+    def judging(self, formats: Sequence[str]) -> str | None:
+        """Which of a rung's formats runs the whole suite; None where none is asked to."""
+        asked = (self.judge, *JUDGING_FORMATS)
+        return next((f for f in asked if f in formats), None)
 
     def sample_of(self, format_name: str) -> int:
         """Cases of the paired sample; Core ML is interpreted here, so its default is small."""

@@ -41,7 +41,12 @@ def check_recipe(recipe: Recipe, facts: DecoderFacts | None) -> list[Finding]:
     """
     findings = [*_check_files(recipe), *_check_names(recipe), *_check_suite(recipe)]
     findings += [*_check_beside(recipe), *_check_calibration(recipe)]
-    findings += [*_check_stopping(recipe), *_check_waivers(recipe), *_check_traffic(recipe)]
+    findings += [
+        *_check_judge(recipe),
+        *_check_stopping(recipe),
+        *_check_waivers(recipe),
+        *_check_traffic(recipe),
+    ]
     findings += [Finding(*problem) for problem in kv_cache_problems(recipe, facts)]
     if facts is not None:
         findings += [*_check_context(recipe, facts), *_check_stages(recipe, facts)]
@@ -180,6 +185,24 @@ def _check_calibration(recipe: Recipe) -> Iterator[Finding]:
                     "there is no text of the domain",
                     "give `calibration: {file: ...}`",
                 )
+
+
+def _check_judge(recipe: Recipe) -> Iterator[Finding]:
+    """A judge that no rung is exported to, and samples of formats that never run one."""
+    formats = {rung: recipe.formats_of(rung) for rung in recipe.rungs}
+    exported = {f for own in formats.values() for f in own}
+    judge = recipe.evaluate.judge
+    if judge is not None and judge not in exported:
+        hint = f"the recipe exports {', '.join(sorted(exported))}"
+        yield Finding(("evaluate", "judge"), f"no rung is exported to {judge!r}", hint)
+    for name in recipe.evaluate.sample:
+        own = [f for f in formats.values() if name in f]
+        if own and all(recipe.evaluate.judging(f) == name for f in own):
+            yield Finding(
+                ("evaluate", "sample", name),
+                f"{name} runs the whole suite, so it has no sample",
+                "take it out, or name another format in `evaluate: {judge: ...}`",
+            )
 
 
 def _check_stopping(recipe: Recipe) -> Iterator[Finding]:

@@ -51,6 +51,16 @@ def test_one_fast_format_judges_a_rung_and_the_others_run_a_sample(
     assert {a.format for a in without.artifacts if a.judges} == {"onnx"}
 
 
+def test_a_recipe_says_which_format_judges(tiny: Tiny, tmp_path: Path) -> None:
+    asked = ALL + "evaluate: {{judge: onnx, sample: {{gguf: 7}}}}\n"
+    sampled = {(a.rung, a.format): a.sample for a in plan(tiny, tmp_path, asked).artifacts}
+    assert sampled["int8", "onnx"] is None
+    assert sampled["int8", "gguf"] == 7
+    assert sampled["int8", "coreml"] == 60
+    alone = plan(tiny, tmp_path, asked, only=("int8/gguf",))
+    assert [a.format for a in alone.artifacts if a.judges] == ["gguf"]  # it has none beside it
+
+
 def test_benchmarks_run_last_and_only_where_speed_means_something(
     tiny: Tiny, tmp_path: Path
 ) -> None:

@@ -132,6 +132,16 @@ def test_the_adapter_of_another_model_is_found_before_any_work(tiny: Tiny, tmp_p
             "0.1 MB, but the weights of the smallest rung, int8, take 0.154 MB",
         ),
         (
+            "export: [gguf]",
+            "export: [gguf]\nevaluate: {{judge: onnx}}",
+            "evaluate.judge: no rung is exported to 'onnx'\n  hint: the recipe exports gguf",
+        ),
+        (
+            "export: [gguf]",
+            "export: [gguf, onnx]\nevaluate: {{sample: {{onnx: 9, gguf: 9}}}}",
+            "evaluate.sample.gguf: gguf runs the whole suite, so it has no sample",
+        ),
+        (
             "float: []",
             "float: [merge_lora: {{adapter: .}}]",
             "none is in a rung\n  hint: move it to `stages`",

@@ -12,7 +12,7 @@ from edgedistill.cache import Cache
 from edgedistill.decoder import DecoderFacts
 from edgedistill.errors import UsageError
 from edgedistill.estimate import artifact_bytes, facts_of_rung
-from edgedistill.plan import JUDGING_FORMATS, ArtifactSteps, BuildSteps, plan_build
+from edgedistill.plan import ArtifactSteps, BuildSteps, plan_build
 from edgedistill.plugins import plugin_names
 from edgedistill.preview import count_cases, plan_artifacts, plan_steps
 from edgedistill.recipe import Recipe
@@ -124,9 +124,9 @@ def in_order(candidate: Candidate) -> tuple[int, int]:
     return rank, -candidate.total_bytes if rank <= 0 else candidate.total_bytes
 
 
-def judged_first(formats: Sequence[str]) -> list[str]:
+def judged_first(recipe: Recipe, formats: Sequence[str]) -> list[str]:
     """The formats, each once, the one that runs the whole suite before the others."""
-    judging = next((f for f in JUDGING_FORMATS if f in formats), formats[0])
+    judging = recipe.evaluate.judging(formats) or formats[0]
     return list(dict.fromkeys([judging, *formats]))
 
 
@@ -161,7 +161,7 @@ class _Candidates:
         wrong, planned = self._wrong.get(name), {}
         if wrong is None:
             stages = [*self._recipe.stages, *self._recipe.rungs[name]]
-            formats = judged_first(self._recipe.formats_of(name))
+            formats = judged_first(self._recipe, self._recipe.formats_of(name))
             planned = {f: artifact_bytes(self._facts, stages, f) for f in formats}
             wrong = self._over_budget(planned)
         return Candidate(name, what, self._rungs[name], source, gentler, planned, left_out=wrong)

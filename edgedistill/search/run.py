@@ -109,7 +109,7 @@ def _tell_left_out(field: Field, tell: Say) -> None:
 
 def _report(field: Field, results: Sequence[SearchedCandidate], began: float) -> SearchReport:
     recipe = field.prepared.recipe
-    formats = judged_first([t.format for t in recipe.all_targets().values()])
+    formats = judged_first(recipe, [t.format for t in recipe.all_targets().values()])
     return SearchReport(
         recipe=recipe.name,
         edgedistill=edgedistill.__version__,
