@@ -8,7 +8,7 @@
 Each peer runs in its own environment (see ``gptqmodel_peer.py``, ``autoround_peer.py``) and hands
 back the weights that its integers mean; all else stays float32.  Ours also has its embedding on 8
 bits.  All are judged by ``transformers`` in float32: rounding alone, without a runtime's
-arithmetic.  The student is SmolLM2-135M off its grid.
+arithmetic.  The student, SmolLM2-135M or the one that ``--name`` labels, is taken off its grid.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from judge import (
     SEQUENCE_TOKENS,
     Judge,
     by_transformers,
+    labelled,
     off_grid_student,
     write_texts,
     write_two_domains,
@@ -72,7 +73,8 @@ PEERS: dict[str, dict[str, Any]] = {
 def main() -> None:
     """Measure one of them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--student", type=Path, required=True, help="SmolLM2-135M, a directory")
+    parser.add_argument("--student", type=Path, required=True, help="a directory")
+    parser.add_argument("--name", default="", help="of a student that is not SmolLM2-135M")
     parser.add_argument("--work", type=Path, required=True, help="for texts, logits, weights")
     parser.add_argument("who", choices=["ours", *PEERS])
     parser.add_argument("--python", type=Path, help="the interpreter of the peer's environment")
@@ -115,7 +117,8 @@ def main() -> None:
     }
     shutil.rmtree(quantized)
     name = arguments.who + (f", {fields['iters']} iterations" if "iters" in fields else "")
-    keep(arguments.out, f"{arguments.text}, {arguments.tokens} tokens", name, measured)
+    section = labelled(f"{arguments.text}, {arguments.tokens} tokens", arguments.name)
+    keep(arguments.out, section, name, measured)
 
 
 def run_peer(

@@ -55,6 +55,11 @@ def off_grid_student(student: Path, work: Path) -> Path:
     return moved
 
 
+def labelled(section: str, student: str) -> str:
+    """The section of the results of a student; SmolLM2-135M, the first, has no label."""
+    return f"{student}: {section}" if student else section
+
+
 def write_texts(work: Path) -> dict[str, Path]:
     """Calibration and evaluation texts as files; no paragraph is in two of them.
 

@@ -31,6 +31,7 @@ from judge import (
     Judge,
     LogProbabilities,
     Predict,
+    labelled,
     log_softmax,
     off_grid_student,
     write_texts,
@@ -95,9 +96,7 @@ def main() -> None:
     if arguments.text == "both":
         file = write_two_domains(arguments.work, file)
     calibration = Calibration(file=file, tokens=arguments.tokens)
-    section = f"{arguments.text}, {arguments.tokens} tokens"
-    if arguments.name:
-        section = f"{arguments.name}: {section}"
+    section = labelled(f"{arguments.text}, {arguments.tokens} tokens", arguments.name)
     judge = Judge(student, texts, arguments.work, EVALUATION_TOKENS)
     for name in arguments.only:
         results = json.loads(arguments.out.read_text("utf-8")) if arguments.out.exists() else {}

@@ -1,9 +1,10 @@
-"""Mixed bits to a target against plain rounding to 4 bits, on SmolLM2-135M off its grid.
+"""Mixed bits to a target against plain rounding to 4 bits, on a student off its grid.
 
     python benchmarks/mixed.py --student DIR --work DIR sensitivity      # once, some minutes
     python benchmarks/mixed.py --student DIR --work DIR probe            # is what it says true?
     python benchmarks/mixed.py --student DIR --work DIR rtn rtn-4bit-embedding 3.5bits 105.5mb
 
+SmolLM2-135M, or the student that ``--name`` labels in the results; a --work of its own for each.
 Calibrated on the Python manual and on reviews in equal parts (every other topic, and
 ``recipes/data/sentiment/train.jsonl``), judged on the rest of the manual and on the reviews of the
 suite, by ``transformers`` in float32 on dequantized weights.  Bytes are those of all tensors in
@@ -25,8 +26,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from judge import ROOT, Judge, by_transformers, write_texts, write_two_domains
-from off_grid import take_off_grid
+from judge import (
+    ROOT,
+    Judge,
+    by_transformers,
+    labelled,
+    off_grid_student,
+    write_texts,
+    write_two_domains,
+)
 
 from edgedistill.allocation import allocate, describe_allocation
 from edgedistill.calibration import Calibration, Ids, calibration_ids
@@ -207,24 +215,22 @@ def main() -> None:
     """Measure what the results lack."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("steps", nargs="+", choices=STEPS)
-    parser.add_argument("--student", type=Path, required=True, help="SmolLM2-135M, a directory")
+    parser.add_argument("--student", type=Path, required=True, help="a directory")
+    parser.add_argument("--name", default="", help="of a student that is not SmolLM2-135M")
     parser.add_argument("--work", type=Path, required=True, help="for texts, logits, weights")
     parser.add_argument("--tokens", type=int, default=32768, help="of calibration text")
     parser.add_argument("--formats", nargs="+", default=["gguf"])
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    path = arguments.work / "off-grid"
-    if not (path / "config.json").exists():
-        path.mkdir(exist_ok=True)
-        take_off_grid(Student(arguments.student), path)
+    path = off_grid_student(arguments.student, arguments.work)
     texts = write_texts(arguments.work)
     calibration = Calibration(
         file=write_two_domains(arguments.work, texts["calibration"]), tokens=arguments.tokens
     )
     ids = calibration_ids(path, calibration, Chat())
     bench = Bench(Student(path), ids, tuple(arguments.formats), arguments.work)
-    section = f"{'+'.join(arguments.formats)}, {arguments.tokens} tokens"
+    section = labelled(f"{'+'.join(arguments.formats)}, {arguments.tokens} tokens", arguments.name)
     for step in arguments.steps:
         found = json.loads(arguments.out.read_text("utf-8")) if arguments.out.exists() else {}
         results = found.setdefault(section, {})

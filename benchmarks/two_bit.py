@@ -5,10 +5,11 @@
     python benchmarks/two_bit.py --student DIR --work DIR --tokens 16384 --text own
     python benchmarks/two_bit.py --student DIR --work DIR --tokens 16384 --case int4-scales
 
-SmolLM2-135M off its grid.  Calibrated on the Python manual and reviews in equal parts, on the
-manual alone, or on it and as much that the student wrote itself; judged are the rest of the manual
-and other reviews: every point of the curve on 2,048 tokens a text by our own float32 decoder, what
-was written on 10,240 a text by ``transformers``.  A run that was killed goes on.
+SmolLM2-135M, or the student that ``--name`` labels, off its grid.  Calibrated on the Python manual
+and reviews in equal parts, on the manual alone, or on it and as much that the student wrote itself;
+judged are the rest of the manual and other reviews: every point of the curve on 2,048 tokens a text
+by our own float32 decoder, what was written on 10,240 a text by ``transformers``.  A run that was
+killed goes on.
 """
 
 from __future__ import annotations
@@ -24,8 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from judge import write_texts, write_two_domains
-from off_grid import take_off_grid
+from judge import labelled, off_grid_student, write_texts, write_two_domains
 from torch import Tensor
 
 from edgedistill.calibration import Calibration
@@ -246,7 +246,8 @@ def measure(case: str, tokens: int, student: Path, work: Path, name: str) -> dic
 def main() -> None:
     """Measure what the results lack."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--student", type=Path, required=True, help="SmolLM2-135M, a directory")
+    parser.add_argument("--student", type=Path, required=True, help="a directory")
+    parser.add_argument("--name", default="", help="of a student that is not SmolLM2-135M")
     parser.add_argument("--work", type=Path, required=True, help="for texts, weights, checkpoints")
     parser.add_argument("--case", choices=CASES, default="int2")
     parser.add_argument("--text", choices=["manual", "both", "own"], default="both")
@@ -256,11 +257,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=default)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    student = arguments.work / "off-grid"
-    if not (student / "config.json").exists():
-        student.mkdir(exist_ok=True)
-        take_off_grid(Student(arguments.student), student)
-    section = f"{arguments.case}, {arguments.text}"
+    student = off_grid_student(arguments.student, arguments.work)
+    section = labelled(f"{arguments.case}, {arguments.text}", arguments.name)
     for tokens in arguments.tokens:
         found = json.loads(arguments.out.read_text("utf-8")) if arguments.out.exists() else {}
         runs = found.setdefault(section, {})
