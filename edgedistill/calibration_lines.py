@@ -17,8 +17,8 @@ from edgedistill.verify.texts import load_texts
 # sequences each, so that a small budget still sees many places of it.
 PASSAGE_CHARACTERS_PER_TOKEN = 8
 LINE_HINT = (
-    'a line is {"text": ...}, {"messages": [{"role": ..., "content": ...}]} '
-    'or {"prompt": ..., "answer": ...}'
+    'a line is {"text": ...}, {"messages": [{"role": ..., "content": ...}]}, '
+    '{"prompt": ..., "answer": ...} or {"rendered": ...}'
 )
 
 Turns = list[dict[str, str]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -238,3 +239,16 @@ def test_a_stage_that_says_nothing_or_two_things_is_refused(
 ) -> None:
     with pytest.raises(ValidationError, match=named):
         PruneWidth.model_validate(fields)
+
+
+def test_the_fit_of_wide_blocks_takes_more_than_their_passes(tiny: Tiny) -> None:
+    facts = Student(tiny("llama")).facts
+    wide = dataclasses.replace(facts, ffn_size=64 * facts.ffn_size)
+
+    def passes(of: DecoderFacts) -> float:
+        return PruneWidth(ffn_share=0.5, multiple_of=1).cost(of).forward_tokens
+
+    text = 2 * 16384 + 4 * 2048
+    assert text < passes(facts) < passes(wide)
+    # Twice as many operations a parameter where the matrix that is fitted is twice as wide.
+    assert passes(dataclasses.replace(wide, ffn_size=2 * wide.ffn_size)) > 1.8 * passes(wide)

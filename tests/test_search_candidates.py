@@ -72,6 +72,16 @@ def test_the_cheap_come_first_and_what_is_dear_begins_small(tiny: Tiny, tmp_path
     assert {"dear", "shallow-int8", "narrow-int4-gptq"} <= {c.name for c in healed}
 
 
+def test_text_that_the_student_wrote_itself_is_text_to_learn_from(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    (tmp_path / "own.jsonl").write_text('{"rendered": "The quick brown fox."}\n' * 50)
+    without = find(tmp_path, tiny("llama"), RECIPE)
+    own = find(tmp_path, tiny("llama"), RECIPE + "calibration: {{own_text: own.jsonl}}\n")
+    assert "int2-recovered" not in by_name(without)
+    assert "int2-recovered" in by_name(own)
+
+
 def test_what_cannot_fit_its_budget_is_left_out_and_never_run(tiny: Tiny, tmp_path: Path) -> None:
     """The student has 0.15 M weights, so 8 bits take more and 4 bits less than 0.15 MB."""
     field = find(tmp_path, tiny("llama"), RECIPE.replace("file_mb: 100", "file_mb: 0.15"))

@@ -204,7 +204,7 @@ def _usable(recipe: Recipe) -> tuple[list[Remedy], tuple[str, ...]]:
         missing = [name for name in remedy.stages() if name not in installed]
         if missing:
             notes.append(f"{remedy.name}: left out, there is no stage {missing[0]} here")
-        elif remedy.reads_text and recipe.calibration.file is None:
+        elif remedy.reads_text and not (recipe.calibration.file or recipe.calibration.own_text):
             notes.append(f"{remedy.name}: left out, it needs text to learn from: calibration.file")
         else:
             usable.append(remedy)

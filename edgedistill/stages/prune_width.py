@@ -82,12 +82,26 @@ class PruneWidth(Stage):
         """Passes of the whole and the narrow student over the text to choose on, and what it holds.
 
         That is both streams, what a matrix reads, and the sums, inverse and solution of its fit.
+        The fit is counted as the tokens whose pass takes as many operations.
         """
         passes = 2 if self.hidden_size is None else 3
         tokens = passes * self.importance_tokens + 4 * self.held_out_tokens
+        tokens += self._fit_operations(facts) // (2 * facts.parameters)
         states = 4 * self.importance_tokens * (3 * facts.hidden_size + facts.ffn_size)
         fit = 8 * 4 * facts.ffn_size**2
         return StageCost(tokens, max(states + fit, 2 * 4 * facts.vocab_size * facts.hidden_size))
+
+    def _fit_operations(self, facts: DecoderFacts) -> int:
+        """Of sums, inverses and eliminations in all blocks, in float32's time."""
+        after, operations = self.facts_after(facts), 0
+        attended = facts.heads * facts.head_dim, after.heads * after.head_dim
+        for columns, kept in ((facts.ffn_size, after.ffn_size), attended):
+            if kept < columns:
+                wide = columns + facts.hidden_size  # of the Hessian and the moment together
+                operations += 2 * self.importance_tokens * columns * wide
+                solved = 2 * columns**3 + 2 * (columns - kept) * columns * wide
+                operations += 2 * solved  # in float64, which is half as fast
+        return facts.layers * operations
 
     def problems(self, facts: DecoderFacts, quantized: bool) -> list[str]:
         """A quantized student; sizes that are no smaller, or that formats do not like."""
