@@ -18,7 +18,9 @@ from edgedistill.student import Student
 
 Var = Any
 FLOAT16_MAX = 65504.0
-# MIL has no integers of these widths for `data`, but indices into a table.
+# MIL has integers of the first widths for `data`, indices into a table of the others; of 5 bits it
+# has neither.
+INTEGER_BITS = (4, 8)
 TABLE_BITS = (2, 3)
 
 

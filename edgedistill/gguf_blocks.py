@@ -1,6 +1,7 @@
 """Grids in GGUF's block layouts: codes, scales and zeros packed as they are, never rounded again.
 
-Layouts: ggml's ``block_q8_0``, ``block_q4_0``, ``block_q4_1`` and ``block_q2_0`` (ggml-common.h).
+Layouts: ggml's ``block_q8_0``, ``block_q5_0``, ``block_q4_0``, ``block_q4_1`` and ``block_q2_0``
+(ggml-common.h).
 """
 
 from __future__ import annotations
@@ -36,12 +37,14 @@ F32 = BlockLayout("F32", 0, 0, 1, 4)
 F16 = BlockLayout("F16", 1, 1, 1, 2)
 Q4_0 = BlockLayout("Q4_0", 2, 2, 32, 18)
 Q4_1 = BlockLayout("Q4_1", 3, 3, 32, 20)
+Q5_0 = BlockLayout("Q5_0", 6, 8, 32, 22)
 Q8_0 = BlockLayout("Q8_0", 8, 7, 32, 34)
 # The gguf package 0.19 does not name it; llama.cpp runs it since 2026.
 Q2_0 = BlockLayout("Q2_0", 42, 41, 64, 18)
 
 LAYOUTS: dict[Grid, BlockLayout] = {
     Grid(8, 32): Q8_0,
+    Grid(5, 32): Q5_0,
     Grid(4, 32): Q4_0,
     Grid(4, 32, "integer"): Q4_1,
     Grid(2, 64): Q2_0,
@@ -75,6 +78,10 @@ def pack_blocks(tensor: QTensor, name: str) -> npt.NDArray[np.uint8]:
     else:
         if layout is Q4_1:
             parts.append(_little_endian_bytes(_minima(tensor, name)))
+        elif layout is Q5_0:
+            # The fifth bits stand by themselves, element i's in bit i of four bytes.
+            parts.append(np.packbits(codes >> np.uint8(4), axis=-1, bitorder="little"))
+            codes = codes & np.uint8(0x0F)
         # A byte holds element i in its low half and element i + 16 in its high half.
         parts.append(codes[..., :16] | codes[..., 16:] << np.uint8(4))
     return np.concatenate(parts, axis=-1).reshape(rows, -1)

@@ -14,7 +14,7 @@ class GridChoice(BaseModel):
     """A grid as a recipe states it; what is not given follows from the bits.
 
     Attributes:
-        bits: 2, 3, 4 or 8; 3 in Core ML alone.
+        bits: 2, 3, 4, 5 or 8; 3 in Core ML alone, 5 in GGUF alone.
         group_size: weights that share a scale; default 32, and 64 for 2 bits.
         zero: ``integer`` (a zero point for each group; default for 4 bits) or ``fixed``.
     """

@@ -17,6 +17,7 @@ GRIDS = (
     Grid(4, 64),
     Grid(4, 32),
     Grid(4, 32, "integer"),
+    Grid(5, 32),
     Grid(8, 32),
 )
 

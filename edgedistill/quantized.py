@@ -15,13 +15,13 @@ import numpy.typing as npt
 
 from edgedistill.errors import InputError
 
-Bits = Literal[2, 3, 4, 8]
+Bits = Literal[2, 3, 4, 5, 8]
 ZeroKind = Literal["fixed", "integer"]
 
 # A change is folded into a matrix of so many bits; fewer would round most of a small one away.
 FOLDED_FROM_BITS = 8
 
-FIXED_ZERO: dict[int, int] = {2: 1, 3: 4, 4: 8, 8: 128}
+FIXED_ZERO: dict[int, int] = {2: 1, 3: 4, 4: 8, 5: 16, 8: 128}
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Grid:
     """A set of representable weights.
 
     Attributes:
-        bits: width of a code: 2, 3, 4 or 8.
+        bits: width of a code: 2, 3, 4, 5 or 8.
         group_size: consecutive weights of a row that share a scale.
         zero: ``fixed`` (the same zero point everywhere, see ``FIXED_ZERO``) or ``integer``
             (one unsigned zero point a group, as wide as a code).
@@ -41,7 +41,7 @@ class Grid:
 
     @property
     def fixed_zero(self) -> int:
-        """The zero point of a ``fixed`` grid: 1 for 2 bits, 4 for 3, 8 for 4, 128 for 8."""
+        """The zero point of a ``fixed`` grid: 1 for 2 bits, from 3 bits on half of all codes."""
         return FIXED_ZERO[self.bits]
 
     @property
@@ -117,11 +117,11 @@ class QTensor:
 def pack_codes(codes: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
     """Pack codes along the last axis into a stream of bits, first element in the low bits.
 
-    A code of 3 bits may lie across two bytes: its low bits are the high bits of the first.
+    A code of 3 or 5 bits may lie across two bytes: its low bits are the high bits of the first.
 
     Args:
         codes: uint8 [..., n]; a last byte that is not full is padded with zero bits.
-        bits: 2, 3, 4 or 8.
+        bits: 2, 3, 4, 5 or 8.
 
     Returns:
         uint8 [..., ceil(n * bits / 8)].
@@ -153,14 +153,14 @@ def unpack_codes(packed: npt.NDArray[np.uint8], bits: int, count: int) -> npt.ND
 
 
 def _run(bits: int) -> tuple[int, int]:
-    """The fewest codes that fill whole bytes, and these: 4 in 1, 8 in 3 (3 bits), 2 in 1."""
+    """The fewest codes that fill whole bytes, and these: 8 in 5 (5 bits), 2 in 1 (4 bits)."""
     whole = math.lcm(bits, 8)
     return whole // bits, whole // 8
 
 
 def _word(run_bytes: int) -> np.dtype[np.unsignedinteger]:
     """What holds the bits of a run, the first byte lowest."""
-    return np.dtype("u1" if run_bytes == 1 else "<u4")
+    return np.dtype("u1" if run_bytes == 1 else "<u4" if run_bytes <= 4 else "<u8")
 
 
 def _in_runs(values: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint8]:

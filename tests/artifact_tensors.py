@@ -91,9 +91,9 @@ class StudentTensors(Tensors):
 
 
 class GgufTensors(Tensors):
-    """Through ``gguf.GGUFReader`` on a writable map; scales of Q8_0, Q4_0 and Q4_1 blocks."""
+    """Through ``gguf.GGUFReader`` on a writable map; scales of Q8_0, Q5_0, Q4_0 and Q4_1 blocks."""
 
-    _BLOCK_BYTES: ClassVar = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20}
+    _BLOCK_BYTES: ClassVar = {"Q8_0": 34, "Q5_0": 22, "Q4_0": 18, "Q4_1": 20}
 
     def __init__(self, artifact: Path, facts: DecoderFacts) -> None:
         import gguf

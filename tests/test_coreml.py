@@ -18,7 +18,7 @@ from edgedistill.coreml_program import rope_tables
 from edgedistill.decoder import DecoderFacts
 from edgedistill.errors import InputError
 from edgedistill.exporters.coreml import Coreml
-from edgedistill.quantized import Grid
+from edgedistill.quantized import Grid, ZeroKind
 from edgedistill.quiet_coremltools import import_coremltools
 from edgedistill.student import Student, StudentWriter, read_json
 from tests.rounded import random_grid_student
@@ -109,6 +109,18 @@ def test_codes_scales_and_zeros_are_carried_exactly(
             kind = "uint4" if grid.bits == 4 else "uint8"
             zeros = saved.values(saved.argument(op, "offset").value, kind)
             np.testing.assert_array_equal(zeros, wanted.zeros)
+
+
+@pytest.mark.parametrize("zero", ["fixed", "integer"])
+def test_five_bits_are_refused_before_anything_is_written(
+    zero: ZeroKind, small: Path, tmp_path: Path
+) -> None:
+    grid = Grid(5, 32, zero)
+    assert not Coreml().holds(grid)
+    student = random_grid_student(small, tmp_path / "student", grid)
+    with pytest.raises(InputError, match=r"is on int5 group 32[\s\S]*hint: quantize to 2, 3, 4 or"):
+        export(student, tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_float_weights_are_the_nearest_float16(tiny: Tiny, tmp_path: Path) -> None:

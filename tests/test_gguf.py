@@ -12,6 +12,7 @@ import pytest
 from edgedistill.errors import InputError
 from edgedistill.exporters.gguf import Gguf
 from edgedistill.gguf_file import GgufFile
+from edgedistill.plugins import load_plugin
 from edgedistill.quantized import Grid
 from edgedistill.student import Student, StudentWriter, read_json, write_json
 from tests.rounded import random_grid_student, random_tensor
@@ -109,7 +110,7 @@ def _architecture(reader: Any) -> str:
 def _unpack(kind: int, blocks: npt.NDArray[np.uint8]) -> dict[str, npt.NDArray[Any]]:
     """Codes, scales and minima of blocks, from ggml's struct definitions, byte by byte."""
     rows = len(blocks)
-    width, header = {8: (34, 2), 2: (18, 2), 3: (20, 4), 42: (18, 2)}[kind]
+    width, header = {8: (34, 2), 6: (22, 2), 2: (18, 2), 3: (20, 4), 42: (18, 2)}[kind]
     parts = blocks.reshape(rows, -1, width)
     numbers = np.ascontiguousarray(parts[..., :header]).view("<f2")
     quants = parts[..., header:]
@@ -117,6 +118,10 @@ def _unpack(kind: int, blocks: npt.NDArray[np.uint8]) -> dict[str, npt.NDArray[A
         codes = quants.view(np.int8).astype(np.int16) + 128
     elif kind == 42:
         codes = np.stack([quants >> 2 * i & 3 for i in range(4)], axis=-1)
+    elif kind == 6:
+        fifth = np.ascontiguousarray(quants[..., :4]).view("<u4") >> np.arange(32) & 1
+        low = np.concatenate([quants[..., 4:] & 15, quants[..., 4:] >> 4], axis=-1)
+        codes = low + 16 * fifth
     else:
         codes = np.concatenate([quants & 15, quants >> 4], axis=-1)
     unpacked = {"codes": codes.reshape(rows, -1), "scales": numbers[..., 0]}
@@ -126,7 +131,13 @@ def _unpack(kind: int, blocks: npt.NDArray[np.uint8]) -> dict[str, npt.NDArray[A
 @pytest.mark.parametrize("family", ["llama", "llama3", "qwen3", "gemma3"])
 @pytest.mark.parametrize(
     ("grid", "kind"),
-    [(Grid(8, 32), 8), (Grid(4, 32), 2), (Grid(4, 32, "integer"), 3), (Grid(2, 64), 42)],
+    [
+        (Grid(8, 32), 8),
+        (Grid(5, 32), 6),
+        (Grid(4, 32), 2),
+        (Grid(4, 32, "integer"), 3),
+        (Grid(2, 64), 42),
+    ],
     ids=str,
 )
 def test_the_file_holds_the_students_codes_scales_and_zeros(
@@ -151,7 +162,9 @@ def test_the_file_holds_the_students_codes_scales_and_zeros(
             assert np.array_equal(zeros, expected.zero_points()[used])
 
 
-@pytest.mark.parametrize("grid", [Grid(8, 32), Grid(4, 32), Grid(4, 32, "integer")], ids=str)
+@pytest.mark.parametrize(
+    "grid", [Grid(8, 32), Grid(5, 32), Grid(4, 32), Grid(4, 32, "integer")], ids=str
+)
 def test_the_packages_dequantizer_gives_the_students_weights(
     tiny: Tiny, tmp_path: Path, grid: Grid
 ) -> None:
@@ -165,6 +178,26 @@ def test_the_packages_dequantizer_gives_the_students_weights(
             assert np.array_equal(weights, expected)
         else:
             np.testing.assert_allclose(weights, expected, rtol=0, atol=2**-20)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])  # of a tied and of an untied head
+@pytest.mark.parametrize("stage", ["quantize_rtn", "quantize_gptq"])
+def test_the_package_reads_five_bits_of_a_stage_as_the_student_has_them(
+    tiny: Tiny, tmp_path: Path, family: str, stage: str
+) -> None:
+    import gguf
+
+    (tmp_path / "student").mkdir()
+    fields = {"bits": 5, "embeddings": {"bits": 5}}
+    load_plugin("stages", stage).model_validate(fields).run(tiny(family), tmp_path / "student")
+    student = Student(tmp_path / "student")
+    stored = _stored_matrices(_export(student.path, tmp_path / "out"))
+    assert set(stored) == set(student.facts.matrices())
+    for name, (kind, blocks) in stored.items():
+        assert student.grids[name] == Grid(5, 32)
+        weights = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType.Q5_0)
+        assert kind == gguf.GGMLQuantizationType.Q5_0
+        assert np.array_equal(weights, student.read(name))
 
 
 @pytest.mark.parametrize("family", FAMILY_CONFIGS)
@@ -243,7 +276,13 @@ def test_a_linear_scaling_of_the_positions_is_stated(tiny: Tiny, tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("grid", "file_type"),
-    [(Grid(8, 32), 7), (Grid(4, 32), 2), (Grid(4, 32, "integer"), 3), (Grid(2, 64), 41)],
+    [
+        (Grid(8, 32), 7),
+        (Grid(5, 32), 8),
+        (Grid(4, 32), 2),
+        (Grid(4, 32, "integer"), 3),
+        (Grid(2, 64), 41),
+    ],
     ids=str,
 )
 def test_weight_bytes_and_file_type_follow_the_grid(
@@ -255,7 +294,7 @@ def test_weight_bytes_and_file_type_follow_the_grid(
     facts = Student(directory).facts
     shapes = facts.tensor_shapes()
     weights = sum(shapes[name][0] * shapes[name][1] for name in facts.matrices())
-    bits = {8: 8.5, 4: 5.0 if grid.zero == "integer" else 4.5, 2: 2.25}[grid.bits]
+    bits = {8: 8.5, 5: 5.5, 4: 5.0 if grid.zero == "integer" else 4.5, 2: 2.25}[grid.bits]
     vectors = 4 * (facts.parameters - weights)
     assert Gguf().weight_bytes(path.parent) == weights * bits / 8 + vectors
     assert Gguf().holds(grid)
@@ -267,7 +306,7 @@ def test_the_same_student_gives_the_same_bytes(tiny: Tiny, tmp_path: Path) -> No
     assert _export(Path(elsewhere), tmp_path / "b").read_bytes() == first
 
 
-@pytest.mark.parametrize("grid", [Grid(4, 64), Grid(3, 32)], ids=str)
+@pytest.mark.parametrize("grid", [Grid(4, 64), Grid(3, 32), Grid(5, 64)], ids=str)
 def test_a_grid_without_a_block_layout_is_refused_before_anything_is_written(
     grid: Grid, tiny: Tiny, tmp_path: Path
 ) -> None:

@@ -46,7 +46,10 @@ def test_llama_cpps_own_dequantizer_gives_the_same_weights(grid: Grid) -> None:
         np.testing.assert_allclose(weights, tensor.dequantize(), rtol=0, atol=2**-22)
 
 
-@pytest.mark.parametrize(("kind", "grid"), [("Q8_0", Grid(8, 32)), ("Q4_0", Grid(4, 32))])
+@pytest.mark.parametrize(
+    ("kind", "grid"),
+    [("Q8_0", Grid(8, 32)), ("Q5_0", Grid(5, 32)), ("Q4_0", Grid(4, 32))],
+)
 def test_codes_of_the_gguf_packages_quantizer_pack_to_its_own_bytes(kind: str, grid: Grid) -> None:
     import gguf
 
@@ -72,6 +75,18 @@ def test_a_minimum_that_float16_cannot_hold_is_refused_not_rounded() -> None:
     pack_blocks(good, "x")
 
 
-def test_a_grid_without_a_layout_is_refused() -> None:
-    with pytest.raises(InputError, match="x is int2 group 32"):
-        pack_blocks(random_tensor(Grid(2, 32), 2, 64), "x")
+@pytest.mark.parametrize("grid", [Grid(2, 32), Grid(5, 64), Grid(5, 32, "integer")], ids=str)
+def test_a_grid_without_a_layout_is_refused(grid: Grid) -> None:
+    with pytest.raises(InputError, match=f"x is int{grid.bits} group {grid.group_size}"):
+        pack_blocks(random_tensor(grid, 2, 64), "x")
+
+
+def test_the_fifth_bit_of_an_element_is_the_bit_of_its_place() -> None:
+    """In ``qh`` of ggml's ``block_q5_0``, a little-endian number of 32 bits."""
+    for place in range(32):
+        codes = np.zeros((1, 32), dtype=np.uint8)
+        codes[0, place] = 16
+        scales = np.ones((1, 1), dtype=np.float16)
+        block = pack_blocks(QTensor(Grid(5, 32), codes, scales), "x")[0]
+        assert int(block[2:6].view("<u4")[0]) == 1 << place
+        assert not block[6:].any()

@@ -35,6 +35,7 @@ Floats = npt.NDArray[np.float32]
 
 GRIDS = [
     Grid(8, 32),
+    Grid(5, 32),
     Grid(4, 32),
     Grid(4, 64),
     Grid(4, 32, "integer"),
@@ -86,6 +87,15 @@ def test_the_error_of_three_bits_lies_between_those_of_two_and_four() -> None:
         squared_error(x, weights, run_gptq(x, weights, grid, settings)) for grid in grids
     )
     assert 2.5 * four < three < 0.4 * two
+
+
+def test_the_error_of_five_bits_lies_between_those_of_four_and_eight() -> None:
+    x, weights, settings = inputs_of(), weights_of(), GptqSettings()
+    grids = Grid(4, 32), Grid(5, 32), Grid(8, 32)
+    four, five, eight = (
+        squared_error(x, weights, run_gptq(x, weights, grid, settings)) for grid in grids
+    )
+    assert 20 * eight < five < 0.4 * four
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
@@ -325,9 +335,10 @@ def test_stage_quantizes_matrices_and_carries_the_rest(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("bits", [4, 5])
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_what_a_head_computes_is_nearer_than_by_rounding(
-    tiny: Tiny, text: Path, tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
+    tiny: Tiny, text: Path, tmp_path: Path, family: str, bits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On what ``transformers`` gives the head of text that was not calibrated on."""
     from transformers import AutoModelForCausalLM
@@ -335,7 +346,7 @@ def test_what_a_head_computes_is_nearer_than_by_rounding(
     monkeypatch.setattr(gptq_head, "ROWS", 100)  # several parts, and a shorter one
     source, facts = tiny(family), Student(tiny(family)).facts
     calibration = Calibration(file=text, tokens=4096, sequence_tokens=128)
-    fields: dict[str, Any] = {"bits": 8, "embeddings": {"bits": 4}}
+    fields: dict[str, Any] = {"bits": 8, "embeddings": {"bits": bits}}
     for name in ("gptq", "rtn"):
         (tmp_path / name).mkdir()
     QuantizeGptq(**fields, calibration=calibration).run(source, tmp_path / "gptq")

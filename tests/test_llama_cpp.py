@@ -107,7 +107,9 @@ def test_variants_of_a_family_are_the_same_model(tmp_path: Path, change: str) ->
 
 
 @pytest.mark.parametrize(
-    "grid", [Grid(8, 32), Grid(4, 32), Grid(4, 32, "integer"), Grid(2, 64)], ids=str
+    "grid",
+    [Grid(8, 32), Grid(5, 32), Grid(4, 32), Grid(4, 32, "integer"), Grid(2, 64)],
+    ids=str,
 )
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
 def test_a_quantized_student_is_its_own_dequantized_copy(

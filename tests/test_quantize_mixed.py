@@ -108,19 +108,45 @@ def test_a_rung_for_core_ml_alone_gets_three_bits_too(tiny: Tiny, tmp_path: Path
     assert exporter.weight_bytes(artifact) - beside == allocation.total_bytes - tables
 
 
-@pytest.mark.parametrize("others", [("gguf",), ("onnx",), ("gguf", "onnx"), ("onnx", "coreml")])
-def test_no_rung_gets_three_bits_that_one_of_its_formats_lacks(
-    others: tuple[str, ...], tiny: Tiny
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "mistral"])  # of a tied and of an untied head
+def test_a_rung_for_gguf_alone_gets_five_bits_too(family: str, tiny: Tiny, tmp_path: Path) -> None:
+    quantized, artifact = tmp_path / "quantized", tmp_path / "artifact"
+    for directory in (quantized, artifact):
+        directory.mkdir()
+    stage = QuantizeMixed(bits_per_weight=5.6, formats=("gguf",), calibration=TEXT)
+    stage.run(tiny(family), quantized)
+    allocation, student = read_allocation(quantized), Student(quantized)
+    facts = student.facts
+    assert Grid(5, 32) in {student.grids[name] for name in facts.linears(1).values()}
+    assert Grid(5, 32) in {student.grids[name] for name in (facts.embedding, facts.head)}
+    assert allocation.total_bytes <= allocation.target_bytes
+    exporter = load_plugin("exporters", "gguf")()
+    exporter.export(student, artifact, context_tokens=64)
+    assert exporter.weight_bytes(artifact) == allocation.total_bytes
+
+
+@pytest.mark.parametrize(
+    ("own", "grids"),
+    [("coreml", {Grid(3, 64), Grid(3, 32)}), ("gguf", {Grid(5, 32)}), ("onnx", set())],
+)
+def test_no_rung_gets_bits_that_one_of_its_formats_lacks(
+    own: str, grids: set[Grid], tiny: Tiny
 ) -> None:
     facts = Student(tiny("llama")).facts
 
-    def of_three(formats: tuple[str, ...] | None) -> set[Grid]:
-        stage = QuantizeMixed(bits_per_weight=3.6, formats=formats)
-        expected = {g for n in facts.matrices() for g in stage.expected_grids(n, facts)}
-        return {grid for grid in [*stage.grids(facts), *expected] if grid.bits == 3}
+    def of_few(formats: tuple[str, ...] | None) -> set[Grid]:
+        found = set()
+        for bits_per_weight in (3.6, 5.2):
+            stage = QuantizeMixed(bits_per_weight=bits_per_weight, formats=formats)
+            expected = {g for n in facts.matrices() for g in stage.expected_grids(n, facts)}
+            found |= {grid for grid in [*stage.grids(facts), *expected] if grid.bits in (3, 5)}
+        return found
 
-    assert of_three(("coreml",)) == {Grid(3, 64), Grid(3, 32)}
-    assert of_three(others) == of_three(None) == set()
+    assert of_few((own,)) == grids
+    for other in {"gguf", "onnx", "coreml"} - {own}:
+        assert of_few((own, other)) == set()
+    assert of_few(None) == set()
 
 
 @pytest.mark.slow

@@ -15,9 +15,17 @@ from edgedistill.quantized import Bits, Grid
 from edgedistill.stages.quantize_rtn import GridChoice, QuantizeRtn, round_to_grid
 from edgedistill.student import Student
 
-GRIDS = [Grid(8, 32), Grid(4, 32), Grid(4, 32, "integer"), Grid(2, 64), Grid(3, 32)]
+GRIDS = [
+    Grid(8, 32),
+    Grid(4, 32),
+    Grid(4, 32, "integer"),
+    Grid(2, 64),
+    Grid(3, 32),
+    Grid(5, 32),
+]
 
-BELOW_EIGHT: tuple[Bits, ...] = (2, 3, 4)
+TWO_TO_FOUR: tuple[Bits, ...] = (2, 3, 4)
+FROM_FOUR: tuple[Bits, ...] = (4, 5, 8)
 
 
 def _weights(rows: int = 48, columns: int = 128, seed: int = 0) -> np.ndarray:
@@ -45,6 +53,7 @@ def test_every_weight_lands_on_the_nearest_point_of_its_groups_grid(grid: Grid) 
         (GRIDS[2], 0.085),
         (GRIDS[3], 0.45),
         (GRIDS[4], 0.19),
+        (GRIDS[5], 0.045),
     ],
 )
 def test_relative_error_is_that_of_its_bits(grid: Grid, largest: float) -> None:
@@ -58,9 +67,19 @@ def test_the_error_of_three_bits_lies_between_those_of_two_and_four(group_size: 
     weights = _weights(256, 512)
     two, three, four = (
         float(np.linalg.norm(round_to_grid(weights, Grid(bits, group_size)).dequantize() - weights))
-        for bits in BELOW_EIGHT
+        for bits in TWO_TO_FOUR
     )
     assert 1.5 * four < three < 0.6 * two
+
+
+@pytest.mark.parametrize("group_size", [32, 64])
+def test_the_error_of_five_bits_lies_between_those_of_four_and_eight(group_size: int) -> None:
+    weights = _weights(256, 512)
+    four, five, eight = (
+        float(np.linalg.norm(round_to_grid(weights, Grid(bits, group_size)).dequantize() - weights))
+        for bits in FROM_FOUR
+    )
+    assert 5 * eight < five < 0.6 * four
 
 
 def test_scale_search_beats_plain_min_max() -> None:
@@ -144,6 +163,7 @@ def test_groups_are_of_32_weights_and_at_two_bits_of_64() -> None:
     assert GridChoice(bits=2).grid() == Grid(2, 64)
     assert GridChoice(bits=3).grid() == Grid(3, 32)
     assert GridChoice(bits=4).grid() == Grid(4, 32, "integer")
+    assert GridChoice(bits=5).grid() == Grid(5, 32)
     assert GridChoice(bits=8).grid() == Grid(8, 32)
 
 
@@ -153,8 +173,10 @@ def test_impossible_choices_are_known_before_any_work(tiny: Callable[[str], Path
     assert "already" in QuantizeRtn(bits=8).problems(facts, quantized=True)[0]
     stage = QuantizeRtn(bits=8, group_size=48, zero="integer")
     assert len(stage.problems(facts, quantized=False)) >= 2
-    integer = QuantizeRtn(bits=3, zero="integer").problems(facts, False)
-    assert integer == ["zero: integer goes with 4 bits, not with 3"]
+    for bits in (3, 5):
+        choice = QuantizeRtn.model_validate({"bits": bits, "zero": "integer"})
+        told = choice.problems(facts, quantized=False)
+        assert told == [f"zero: integer goes with 4 bits, not with {bits}"]
     assert "head" in QuantizeRtn(bits=4, head=GridChoice(bits=8)).problems(facts, False)[0]
 
 

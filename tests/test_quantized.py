@@ -12,11 +12,11 @@ from edgedistill.errors import InputError
 from edgedistill.quantized import FIXED_ZERO, Grid, QTensor, pack_codes, unpack_codes
 from tests.rounded import random_tensor
 
-GRIDS = [Grid(8, 32), Grid(4, 32), Grid(4, 32, "integer"), Grid(3, 32), Grid(2, 64)]
+GRIDS = [Grid(8, 32), Grid(4, 32), Grid(4, 32, "integer"), Grid(3, 32), Grid(2, 64), Grid(5, 32)]
 
 
 @given(
-    bits=st.sampled_from([2, 3, 4, 8]),
+    bits=st.sampled_from([2, 3, 4, 5, 8]),
     rows=st.integers(1, 4),
     count=st.integers(1, 37),
     seed=st.integers(0, 2**32 - 1),
@@ -39,6 +39,7 @@ def test_packed_codes_come_back_as_they_were(bits: int, rows: int, count: int, s
         (2, [1, 2, 3, 0, 3], [0b00111001, 0b11]),
         (3, [1, 2, 7, 5, 0, 3], [0b11_010_001, 0b1_000_101_1, 0b01]),
         (4, [0xA, 0x5, 0xF], [0x5A, 0x0F]),
+        (5, [1, 30, 17, 31, 2], [0b110_00001, 0b1_10001_11, 0b0010_1111, 0b0]),
         (8, [7], [7]),
     ],
 )
@@ -73,6 +74,7 @@ def test_a_fixed_grid_has_its_zero_point_everywhere() -> None:
         (Grid(4, 32), 4.5),
         (Grid(4, 32, "integer"), 4.625),
         (Grid(3, 32), 3.5),
+        (Grid(5, 32), 5.5),
         (Grid(2, 64), 2.25),
     ],
 )

@@ -86,4 +86,4 @@ def test_the_schema_knows_every_stage_and_all_their_keys() -> None:
     name = steps["quantize_rtn"]["$ref"].rpartition("/")[2]
     fields = schema["$defs"][name]["properties"]
     assert set(fields) == set(QuantizeRtn.model_fields)
-    assert fields["bits"]["enum"] == [2, 3, 4, 8]
+    assert fields["bits"]["enum"] == [2, 3, 4, 5, 8]

@@ -56,7 +56,7 @@ stages:
   - quantize_rtn: {{bits: 4}}
   - merge_lora: {{adapter: nowhere}}
 rungs:
-  int5: [quantize_rtn: {{bits: 5}}]
+  int6: [quantize_rtn: {{bits: 6}}]
   int4: [quantize_rtm: {{bits: 4}}]
   slow: [quantize_rtn: {{bits: 4, embedding: {{bits: 8}}}}]
   bare: [quantize_rtn: ]
@@ -71,7 +71,7 @@ name: again
         (3, "contex_tokens: is not a key here\n  hint: did you mean 'context_tokens'?"),
         (6, "stages[1].merge_lora.adapter: there is no such file"),
         (6, "stages[1].merge_lora: an adapter cannot be merged into quantized weights"),
-        (8, "rungs.int5[0].quantize_rtn.bits: input should be 2, 3, 4 or 8, not 5"),
+        (8, "rungs.int6[0].quantize_rtn.bits: input should be 2, 3, 4, 5 or 8, not 6"),
         (9, "there is no stage 'quantize_rtm'\n  hint: did you mean 'quantize_rtn'?"),
         (10, "quantize_rtn.embedding: is not a key here\n  hint: did you mean 'embeddings'?"),
         (11, "rungs.bare[0].quantize_rtn.bits: is missing"),
@@ -113,6 +113,22 @@ def test_the_adapter_of_another_model_is_found_before_any_work(tiny: Tiny, tmp_p
             "int3: [quantize_rtn: {{bits: 3}}]\nexport: [gguf, onnx, coreml]",
             "int3[0].quantize_rtn: int3 group 32 (fixed zero) cannot be stored exactly in gguf or "
             "onnx\n  hint: choose another grid, or give this rung targets that hold it",
+        ),
+        (
+            "int8: [quantize_rtn: {{bits: 8}}]\nexport: [gguf]",
+            "int5: [quantize_rtn: {{bits: 5}}]\nexport: [gguf, onnx, coreml]",
+            "int5[0].quantize_rtn: int5 group 32 (fixed zero) cannot be stored exactly in onnx or "
+            "coreml\n  hint: choose another grid, or give this rung targets that hold it",
+        ),
+        (
+            "{{bits: 8}}",
+            "{{bits: 5, group_size: 64}}",
+            "int5 group 64 (fixed zero) cannot be stored exactly in gguf",
+        ),
+        (
+            "{{bits: 8}}",
+            "{{bits: 5, zero: integer}}",
+            "zero: integer goes with 4 bits, not with 5",
         ),
         (
             "int8: [quantize_rtn: {{bits: 8}}]",

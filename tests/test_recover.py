@@ -39,7 +39,14 @@ Tiny = Callable[[str], Path]
 Quantized = Callable[..., Path]
 # What an adapter is folded into.
 SOME_ON_8 = {"v": {"bits": 8}, "o": {"bits": 8}}
-GRIDS = [Grid(2, 64), Grid(3, 32), Grid(4, 32), Grid(4, 32, "integer"), Grid(8, 32)]
+GRIDS = [
+    Grid(2, 64),
+    Grid(3, 32),
+    Grid(4, 32),
+    Grid(4, 32, "integer"),
+    Grid(5, 32),
+    Grid(8, 32),
+]
 SHORT = Calibration(sequence_tokens=64)
 BUDGET: dict[str, Any] = {
     "tokens": 2048,

@@ -86,7 +86,9 @@ def test_a_shard_is_closed_before_it_grows_over_its_limit(
 
 
 @pytest.mark.parametrize(
-    "grid", [Grid(8, 32), Grid(4, 32), Grid(4, 32, "integer"), Grid(3, 32), Grid(2, 64)], ids=str
+    "grid",
+    [Grid(8, 32), Grid(5, 32), Grid(4, 32), Grid(4, 32, "integer"), Grid(3, 32), Grid(2, 64)],
+    ids=str,
 )
 def test_a_quantized_tensor_comes_back_code_by_code(tiny: Tiny, tmp_path: Path, grid: Grid) -> None:
     like = Student(tiny("llama"))

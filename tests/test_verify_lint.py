@@ -27,7 +27,14 @@ from tests.tiny import EXPORTS
 Tiny = Callable[[str], Path]
 FORMATS = ("gguf", "onnx", "coreml")
 CONTEXT = 96
-GRIDS = (Grid(2, 64), Grid(3, 32), Grid(4, 32), Grid(4, 32, "integer"), Grid(8, 32))
+GRIDS = (
+    Grid(2, 64),
+    Grid(3, 32),
+    Grid(4, 32),
+    Grid(4, 32, "integer"),
+    Grid(5, 32),
+    Grid(8, 32),
+)
 HELD = [(f, g) for f in FORMATS for g in GRIDS if load_plugin("exporters", f)().holds(g)]
 
 

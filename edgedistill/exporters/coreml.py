@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import edgedistill
-from edgedistill.coreml_weights import TABLE_BITS
+from edgedistill.coreml_weights import INTEGER_BITS, TABLE_BITS
 from edgedistill.decoder import DecoderFacts
 from edgedistill.errors import InputError
 from edgedistill.exporter import Exporter
 from edgedistill.plain_blocks import plain_block_problems
-from edgedistill.quantized import FIXED_ZERO, Grid
+from edgedistill.quantized import Grid
 from edgedistill.student import Student, copy_side_files, write_json
 
 PACKAGE = "model.mlpackage"
@@ -37,8 +37,8 @@ class Coreml(Exporter):
     runtime: ClassVar[str] = "core_ml"
 
     def holds(self, grid: Grid) -> bool:
-        """Every grid, with fixed and with integer zeros."""
-        return grid.bits in FIXED_ZERO
+        """2, 3, 4 and 8 bits in groups of any size, with fixed and with integer zeros."""
+        return grid.bits in (*TABLE_BITS, *INTEGER_BITS)
 
     def problems(self, facts: DecoderFacts) -> list[str]:
         """Whatever its blocks have beyond plain ones: the graph has no nodes for it yet."""
@@ -60,11 +60,18 @@ class Coreml(Exporter):
         """Write ``model.mlpackage`` with tokenizer, chat template and configs beside it.
 
         Raises:
-            InputError: a weight does not fit into float16, or the context is longer than the
-                student's.
+            InputError: a grid that the format cannot carry, a weight that does not fit into
+                float16, or a context longer than the student's.
             UnavailableError: coremltools is not installed.
         """
         self.refuse_misfit(student)
+        for name, grid in student.grids.items():
+            if not self.holds(grid):
+                raise InputError(
+                    f"{name} is on {grid}, which no constant of Core ML holds",
+                    where=str(student.path),
+                    hint="quantize to 2, 3, 4 or 8 bits",
+                )
         longest = student.facts.max_context_tokens
         if not 1 <= context_tokens <= longest:
             raise InputError(

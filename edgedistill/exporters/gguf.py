@@ -42,13 +42,13 @@ FLOAT16_MAX = 65504.0
 
 
 class Gguf(Exporter):
-    """Float matrices as F16, vectors as F32; grids as Q8_0, Q4_0, Q4_1 and Q2_0, bit by bit."""
+    """Float matrices F16, vectors F32; grids Q8_0, Q5_0, Q4_0, Q4_1 and Q2_0, bit by bit."""
 
     extra: ClassVar[str] = "gguf"
     runtime: ClassVar[str] = "llama_cpp"
 
     def holds(self, grid: Grid) -> bool:
-        """8 and 4 bits in groups of 32, 2 bits in groups of 64; integer zeros at 4 bits alone."""
+        """8, 5 and 4 bits in groups of 32, 2 in groups of 64; integer zeros at 4 bits alone."""
         return grid in LAYOUTS
 
     def problems(self, facts: DecoderFacts) -> list[str]:

@@ -1,4 +1,4 @@
-"""Mixed bits to a target: 2, 3, 4 and 8 bits where they lose least, then GPTQ on the chosen grids.
+"""Mixed bits to a target: 2 to 8 bits where they lose least, then GPTQ on the chosen grids.
 
 docs/compression.md has the method and its figures.
 """
@@ -33,7 +33,7 @@ PASSES_MEASURED, PASSES_FITTED = 4, 3
 
 
 class QuantizeMixed(Stage):
-    """Distribute 2, 3, 4 and 8 bits over all matrices, embedding and head among them.
+    """Distribute 2, 3, 4, 5 and 8 bits over all matrices, embedding and head among them.
 
     Attributes:
         bits_per_weight: the target: bits of all tensors over the number of parameters (a tied
@@ -104,7 +104,7 @@ class QuantizeMixed(Stage):
         stuck = [name for name, grids in sizes.candidates.items() if not grids]
         if stuck:
             together = " and ".join(sizes.formats)
-            return [f"{stuck[0]} fits on no grid of 2, 3, 4 or 8 bits that {together} hold"]
+            return [f"{stuck[0]} fits on no grid of 2, 3, 4, 5 or 8 bits that {together} hold"]
         if sizes.least <= self.target_bytes(facts) <= sizes.most:
             return []
         key, unit = ("size_mb", 1e6) if self.size_mb else ("bits_per_weight", facts.parameters / 8)

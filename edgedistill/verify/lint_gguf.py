@@ -9,7 +9,7 @@ import numpy as np
 
 from edgedistill.decoder import MOST_LAYERS, SLIDING_PATTERN
 from edgedistill.errors import InputError
-from edgedistill.gguf_blocks import F16, F32, Q2_0, Q4_0, Q4_1, Q8_0
+from edgedistill.gguf_blocks import F16, F32, Q2_0, Q4_0, Q4_1, Q5_0, Q8_0
 from edgedistill.gguf_file import GgufFile, gguf_package
 from edgedistill.gguf_layout import OUTER_NAMES, ROPE_DIVISORS, block_names
 from edgedistill.gguf_tokenizer import adds_bos, special_id
@@ -28,6 +28,7 @@ STORAGE = {
     F32.type_id: "float32",
     F16.type_id: "float16",
     Q8_0.type_id: describe(8, 32, zeros=False, scales="float16"),
+    Q5_0.type_id: describe(5, 32, zeros=False, scales="float16"),
     Q4_0.type_id: describe(4, 32, zeros=False, scales="float16"),
     Q4_1.type_id: describe(4, 32, zeros=True, scales="float16"),
     Q2_0.type_id: describe(2, 64, zeros=False, scales="float16"),
