@@ -17,8 +17,8 @@ from edgedistill.errors import EdgedistillError, RecipeError, UsageError
 from edgedistill.intake import from_home, is_remote, read_facts, resolve_student
 from edgedistill.plugins import did_you_mean, load_plugin, plugin_names
 from edgedistill.recipe import Recipe, StageStep
-from edgedistill.recipe_check import Finding, check_paths, check_recipe
-from edgedistill.recipe_yaml import Place, YamlDocument, dotted, read_yaml
+from edgedistill.recipe_check import check_paths, check_recipe
+from edgedistill.recipe_yaml import Finding, Place, YamlDocument, dotted, read_yaml
 
 # What a required key is taken for while the rest of a broken recipe is checked.
 STAND_INS: dict[str, Any] = {

@@ -29,6 +29,15 @@ _INT = re.compile(r"[-+]?[0-9]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 
 
+@dataclass(frozen=True)
+class Finding:
+    """A mistake: its place in the YAML, what is wrong, how to mend it."""
+
+    place: Place
+    message: str
+    hint: str | None = None
+
+
 @dataclass
 class YamlDocument:
     """The contents of a file.
