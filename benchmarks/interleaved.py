@@ -20,7 +20,7 @@ from edgedistill.session import Session
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNTIMES = {"gguf": "llama_cpp", "onnx": "onnx_runtime"}
-PROMPT_TOKENS, DECODED_TOKENS, ROUNDS, CONTEXT_TOKENS = 64, 64, 9, 2048
+PROMPT_TOKENS, DECODED_TOKENS, ROUNDS, CONTEXT_TOKENS = 64, 64, 17, 2048
 
 
 def decode_rate(session: Session) -> float:
@@ -55,22 +55,22 @@ def measure(exports: Path, rungs: list[str], format_name: str, threads: int) -> 
         },
         "ratio": round(statistics.median(ratios), 3),
         "ratios": [round(ratio, 3) for ratio in ratios],
-        "threads": threads,
     }
 
 
 def main() -> None:
-    """Measure in both runtimes."""
+    """Measure in both runtimes, for each number of threads."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--exports", type=Path, required=True, help="of a build")
     parser.add_argument("--rungs", nargs=2, required=True)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     default = ROOT / "benchmarks" / "results" / "interleaved.json"
     parser.add_argument("--out", type=Path, default=default)
     arguments = parser.parse_args()
     found = {
-        name: measure(arguments.exports, arguments.rungs, name, arguments.threads)
+        f"{name}, threads {threads}": measure(arguments.exports, arguments.rungs, name, threads)
         for name in RUNTIMES
+        for threads in arguments.threads
     }
     arguments.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(found, indent=2))
