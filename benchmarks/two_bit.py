@@ -184,7 +184,7 @@ def recover(
     dst.mkdir()
     stage = stage.model_copy(update={"calibration": text})
     source, teacher = Student(quantized), Student(student)
-    learner, split = stage.learner(source, teacher), stage.split_text(quantized)
+    learner, split = stage.learner(source), stage.split_text(quantized)
     run = Watched(watched, stage, learner, teacher, work)
     state = run.train(split.fitting, split.held_out)
     with StudentWriter(dst, source) as writer:

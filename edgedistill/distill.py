@@ -82,10 +82,7 @@ class Distillation:
         self._settings = settings
         self._parameters = student.trained()
         self._optimizer = torch.optim.AdamW(
-            [
-                {"params": [parameter], "share": pace.rate, "eps": pace.damping}
-                for parameter, pace in zip(self._parameters, student.paces(), strict=True)
-            ],
+            self._parameters,
             lr=settings.learning_rate,
             betas=(0.9, 0.95),
             weight_decay=0.0,
@@ -146,7 +143,7 @@ class Distillation:
         self._student.collect()
         rate = self._settings.learning_rate * _schedule(state.step, steps)
         for group in self._optimizer.param_groups:
-            group["lr"] = rate * group["share"]
+            group["lr"] = rate
         self._optimizer.step()
         self._optimizer.zero_grad()
         self._student.settle()

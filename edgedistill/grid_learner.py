@@ -1,12 +1,8 @@
-"""A quantized student that learns without leaving its grids: an adapter, scales, or codes too.
+"""A quantized student that learns without leaving its grids: an adapter, or scales.
 
 The adapter is :mod:`edgedistill.adapter_matrix`'s: matrices on 8 bits learn what others lost.
 Scales and norms are trained as factors that start at 1 (the end-to-end phase of EfficientQAT, Chen
-et al. 2024, arXiv 2407.11062, trains scales alone).  Codes are trained through latent numbers that
-are rounded in every forward pass and moved by the gradient of what they round to, straight through
-(Bengio et al. 2013, arXiv 1308.3432).  Latents count in steps of the grid, not in weights as in LSQ
-(Esser et al., arXiv 1902.08153): a scale then moves weights and never flips a code, and its
-gradient is exact.
+et al. 2024, arXiv 2407.11062, trains scales alone).
 """
 
 from __future__ import annotations
@@ -22,47 +18,28 @@ from torch import Tensor
 from edgedistill.adapter_matrix import AdapterMatrix
 from edgedistill.decoder_forward import CPU
 from edgedistill.errors import InputError
-from edgedistill.learner import Learner, Pace
+from edgedistill.learner import Learner
 from edgedistill.quantized import FOLDED_FROM_BITS, QTensor
 from edgedistill.stages.quantize_rtn import shorten
 from edgedistill.student import Student
 
-GridTrained = Literal["adapter", "scales", "codes"]
+GridTrained = Literal["adapter", "scales"]
 FloatArray = npt.NDArray[np.float32]
-
-# How far from its code towards the edge of what rounds to it a latent number may start.
-START_SHARE = 0.9
-# Against gradients of size 1: what moves a code is then how much it counts, not its sign alone.
-# Without it all latents walk at one pace, and codes flip by noise, many at once.
-LATENT_DAMPING = 3.0
-TINY = 1e-30  # the gradient of a matrix that nothing depends on
 
 
 class GridMatrix:
-    """One matrix on a grid: what is trained of it, and the weights that come of that.
+    """One matrix whose scales are trained, and the weights that come of that.
 
     Attributes:
         weight: float32 [rows, columns], a leaf of the graph.
         factor: float32 [rows, groups], what each scale is multiplied with, less 1.
-        latent: float32 [rows, groups, group_size], in steps from the zero point; None where codes
-            stay as they are.
 
     Args:
-        quantized: where to start.
-        codes: whether codes are trained too.
-        origin: float32 [rows, columns], what the matrix was before it was quantized, if that is
-            known: codes that it nearly reaches are then near from the start.
+        quantized: where to start; its codes and zero points stay.
         device: where all of it is.
     """
 
-    def __init__(
-        self,
-        quantized: QTensor,
-        *,
-        codes: bool,
-        origin: FloatArray | None = None,
-        device: torch.device = CPU,
-    ) -> None:
+    def __init__(self, quantized: QTensor, device: torch.device = CPU) -> None:
         self._start = quantized
         self._grid = quantized.grid
         rows, columns = quantized.shape
@@ -72,72 +49,38 @@ class GridMatrix:
             for values in (quantized.zero_points(), quantized.scales)
         )
         self._zero, self._scale = zero[..., None], scale
-        first = torch.from_numpy(quantized.codes).to(device)
-        self._first = first.view(self._groups)
+        self._codes = torch.from_numpy(quantized.codes).to(device).view(self._groups)
         self.factor = torch.zeros_like(self._scale, requires_grad=True)
-        self.latent = self._latent(origin).requires_grad_() if codes else None
         self.weight = torch.empty(rows, columns, device=device, requires_grad=True)
         self.settle()
 
     def trained(self) -> list[Tensor]:
-        """``factor``, and ``latent`` if there is one."""
-        return [self.factor] if self.latent is None else [self.factor, self.latent]
+        """The factors of its scales."""
+        return [self.factor]
 
     def collect(self) -> None:
-        """From the gradient of ``weight``, which is taken away, those of what is trained.
-
-        That of ``latent`` is in units of its root mean square over the matrix.
-        """
+        """From the gradient of ``weight``, which is taken away, that of ``factor``."""
         assert self.weight.grad is not None  # every matrix takes part in every logit
         gradient = self.weight.grad.view(self._groups)
         self.weight.grad = None
         self.factor.grad = (gradient * self._steps()).sum(-1) * self._scale
-        if self.latent is not None:
-            gradient *= self._stored()[..., None]
-            size = torch.linalg.vector_norm(gradient) / gradient.numel() ** 0.5
-            self.latent.grad = gradient.div_(size.clamp_min(TINY))
 
     def settle(self) -> None:
-        """Keep latents within the grid; make ``weight`` anew."""
+        """Make ``weight`` anew."""
         with torch.no_grad():
-            if self.latent is not None:
-                least, most = self._range()
-                torch.clamp(self.latent, least, most, out=self.latent)
             torch.mul(self._steps(), self._stored()[..., None], out=self.weight.view(self._groups))
 
     def quantized(self) -> QTensor:
-        """What it is now: codes and scales as they are stored, the zero points of the start."""
-        codes = self._start.codes
-        if self.latent is not None:
-            moved = (self._steps() + self._zero).to(torch.uint8).view(codes.shape)
-            codes = moved.cpu().numpy()
-        return QTensor(self._grid, codes, self._storable(), self._start.zeros)
+        """What it is now: scales as they are stored, codes and zero points of the start."""
+        return QTensor(self._grid, self._start.codes, self._storable(), self._start.zeros)
 
     def changed_codes(self) -> int:
-        """How many codes are others than at the start."""
-        return int((self.quantized().codes != self._start.codes).sum())
-
-    def _latent(self, origin: FloatArray | None) -> Tensor:
-        """Each in what rounds to its code, towards the original weight."""
-        codes = self._first - self._zero
-        if origin is None:
-            return codes
-        scale = self._scale[..., None]
-        before = torch.from_numpy(origin).to(scale.device).view(self._groups)
-        ideal = before / torch.where(scale == 0, 1, scale)
-        reach = 0.5 * START_SHARE
-        return codes + (ideal - codes).clamp_(-reach, reach)
-
-    def _range(self) -> tuple[Tensor, Tensor]:
-        """The least and the largest step of each group: [rows, groups, 1] each."""
-        least = 1 if self._grid.bits == 8 else 0  # symmetric: -127..127
-        return least - self._zero, self._grid.max_code - self._zero
+        """None: scales alone move."""
+        return 0
 
     def _steps(self) -> Tensor:
         """Codes less zero points, float32 [rows, groups, group_size]."""
-        if self.latent is None:
-            return self._first - self._zero
-        return self.latent.detach().round()
+        return self._codes - self._zero
 
     def _stored(self) -> Tensor:
         """Scales as they are stored, float32 [rows, groups]."""
@@ -161,10 +104,8 @@ class GridLearner(Learner):
 
     Args:
         student: its blocks' matrices quantized.
-        trained: ``adapter`` (of the matrices on 8 bits), ``scales``, or ``codes`` as well; norms
-            and biases with either.
-        origin: the student before it was quantized, if that is known.
-        latent_rate: how fast latent numbers move, in steps of their grid, when factors move by 1.
+        trained: ``adapter`` (of the matrices on 8 bits), or ``scales``; norms and biases with
+            either.
         rank: of the adapter.
         device: where all of it is.
 
@@ -176,13 +117,10 @@ class GridLearner(Learner):
         self,
         student: Student,
         trained: GridTrained,
-        origin: Student | None = None,
-        latent_rate: float = 10.0,
         rank: int = 16,
         device: torch.device = CPU,
     ) -> None:
         super().__init__(student, device)
-        self._latent_rate = latent_rate
         self._matrices: dict[str, GridMatrix | AdapterMatrix] = {}
         self._vectors: dict[str, _Vector] = {}
         self._weights: dict[str, Tensor] = {}
@@ -192,17 +130,8 @@ class GridLearner(Learner):
             grid = student.grids.get(name)
             if grid is None or name in outside:
                 self._hold(name, shape)
-            elif trained != "adapter":
-                before = origin.read(name) if origin is not None and trained == "codes" else None
-                self._train(
-                    name,
-                    GridMatrix(
-                        student.read_quantized(name),
-                        codes=trained == "codes",
-                        origin=before,
-                        device=device,
-                    ),
-                )
+            elif trained == "scales":
+                self._train(name, GridMatrix(student.read_quantized(name), device))
             elif grid.bits >= FOLDED_FROM_BITS:
                 self._train(name, AdapterMatrix(student.read_quantized(name), rank, draw, device))
             else:
@@ -240,13 +169,8 @@ class GridLearner(Learner):
             *(self._weights[n] for n in self._matrices),
         ]
 
-    def paces(self) -> list[Pace]:
-        """Factors as they are, latents at their own rate, damped."""
-        latent = Pace(self._latent_rate, LATENT_DAMPING)
-        return [latent if part.ndim == 3 else Pace() for part in self.trained()]
-
     def collect(self) -> None:
-        """By the chain rule, from the weights to factors and latents."""
+        """By the chain rule, from the weights to what is trained."""
         for name, vector in self._vectors.items():
             gradient = self._weights[name].grad
             assert gradient is not None  # every vector takes part in every logit

@@ -66,7 +66,7 @@ class Recovery(Training):
         codes_changed: how many of them are others than before.
     """
 
-    trained: Literal["adapter", "scales", "codes"]
+    trained: Literal["adapter", "scales"]
     sequences: int
     codes: int
     codes_changed: int

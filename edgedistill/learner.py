@@ -3,25 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 
 from torch import Tensor
 
 from edgedistill.decoder_forward import DecoderForward
-
-
-@dataclass(frozen=True)
-class Pace:
-    """How AdamW moves one tensor.
-
-    Attributes:
-        rate: its share of the learning rate.
-        damping: added to the root of the second moment, in units of the gradient: where it is
-            small against it, every number moves alike; where large, by its gradient.
-    """
-
-    rate: float = 1.0
-    damping: float = 1e-8
 
 
 class Learner(DecoderForward, ABC):
@@ -34,10 +19,6 @@ class Learner(DecoderForward, ABC):
     def leaves(self) -> list[Tensor]:
         """The tensors that a backward pass leaves gradients on, always in the same order."""
         return self.trained()
-
-    def paces(self) -> list[Pace]:
-        """How each of :meth:`trained` moves."""
-        return [Pace()] * len(self.trained())
 
     def collect(self) -> None:
         """Carry gradients from the weights to what is trained, before a step of the optimizer."""

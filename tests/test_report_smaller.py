@@ -150,12 +150,12 @@ def test_who_got_which_bits_is_shown_block_by_block(report: BuildReport) -> None
 
 
 def test_a_recovery_says_how_many_codes_are_others(report: BuildReport) -> None:
-    fields = HEALING.model_dump() | {"trained": "codes", "sequences": 80}
+    fields = HEALING.model_dump() | {"trained": "adapter", "sequences": 80}
     recovery = Recovery(**fields, codes=1000, codes_changed=23)
     rung = RungReport(rung="int4", recoveries=[recovery])
     report = report.model_copy(update={"rungs": [rung]})
     (said,) = rung_sentences(report, rung)
-    assert said.startswith("Recovery (codes")
+    assert said.startswith("Recovery (adapter")
     assert "from 0.597 to 0.213" in said
     assert "2.3% of the codes are others" in said
     assert "Held-out KL over tokens" in render_page(report)

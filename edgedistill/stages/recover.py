@@ -1,7 +1,7 @@
 """Recover what quantization lost, on the grids: the student learns to predict what it did before.
 
-By a recovery adapter that is folded into the matrices on 8 bits, or on the scales and codes alone,
-as mlx-lm's DWQ and the end-to-end phase of EfficientQAT (arXiv 2407.11062) do;
+By a recovery adapter that is folded into the matrices on 8 bits, or on the scales alone, as
+mlx-lm's DWQ and the end-to-end phase of EfficientQAT (arXiv 2407.11062) do;
 :mod:`edgedistill.grid_learner` has what is trained, and how the result stays exact in every format.
 """
 
@@ -27,10 +27,7 @@ if TYPE_CHECKING:
     from edgedistill.training_text import TrainingSplit
 
 # Of an adapter's factors, and of factors on vectors and scales that start at 1.
-LEARNING_RATES = {"adapter": 1e-3, "scales": 2e-3, "codes": 2e-3}
-
-# In steps of the grid: where the optimizer takes few steps, none may throw codes about.
-MOST_LATENT_RATE = 0.1
+LEARNING_RATES = {"adapter": 1e-3, "scales": 2e-3}
 
 
 class Recover(DistillingStage, Stage):
@@ -42,16 +39,12 @@ class Recover(DistillingStage, Stage):
 
     Attributes:
         trained: ``adapter`` trains a low-rank product beside each matrix of the blocks that is on
-            8 bits, and folds it in; ``scales`` the scales of all; ``codes`` moves codes as well.
-            Norms are trained with either.
+            8 bits, and folds it in; ``scales`` the scales of all.  Norms are trained with either.
         rank: of the adapter's products.
-        reach: the most steps of its grid that a code's latent number goes over the training, with
-            a gradient far above its matrix's others that never changes sign; most go far less.
     """
 
-    trained: Literal["adapter", "scales", "codes"] = "adapter"
+    trained: Literal["adapter", "scales"] = "adapter"
     rank: Annotated[int, Field(ge=1, le=1024)] = 16
-    reach: Annotated[float, Field(gt=0.0, le=100.0)] = 1.0
     batch_tokens: Annotated[int, Field(ge=16)] = 1024
 
     @property
@@ -65,15 +58,9 @@ class Recover(DistillingStage, Stage):
         return True
 
     def cost(self, facts: DecoderFacts) -> StageCost:
-        """As of every training.
-
-        Weights and, but for an adapter, their gradients; of codes latent numbers, AdamW's two
-        moments, the best so far.
-        """
-        copies = {"adapter": 2, "scales": 3, "codes": 6}[self.trained]
-        return self.training_cost(
-            facts, copies=copies, teacher=True, whole=self.trained != "adapter"
-        )
+        """As of every training: weights and, but for an adapter, their gradients."""
+        whole = self.trained == "scales"
+        return self.training_cost(facts, copies=3 if whole else 2, teacher=True, whole=whole)
 
     def problems(self, facts: DecoderFacts, quantized: bool) -> list[str]:
         """A float student."""
@@ -111,7 +98,7 @@ class Recover(DistillingStage, Stage):
             raise InputError("recover has no teacher", hint="run it as a step of a recipe's rung")
         student = Student(src)
         reference = teacher_for(src, teacher)
-        text, learner = self.split_text(src), self.learner(student, reference, team)
+        text, learner = self.split_text(src), self.learner(student, team)
         run = Distillation(learner, reference, self.settings(), work, team)
         state = run.train(text.fitting, text.held_out)
         if not team.leads:
@@ -136,39 +123,16 @@ class Recover(DistillingStage, Stage):
         """
         return self.training_text(student, behind_tokens=self.calibration.tokens)
 
-    def learner(
-        self, student: Student, reference: Student, team: Team | None = None
-    ) -> GridLearner:
+    def learner(self, student: Student, team: Team | None = None) -> GridLearner:
         """What is trained of a quantized student, on the team's device."""
         from edgedistill.grid_learner import GridLearner
         from edgedistill.team import ALONE
 
-        return GridLearner(
-            student,
-            self.trained,
-            origin=_origin(student, reference),
-            # Over a warm-up and a cosine the rate is half of its peak on average.
-            latent_rate=min(2 * self.reach / self._steps, MOST_LATENT_RATE) / self._rate,
-            rank=self.rank,
-            device=(team or ALONE).device,
-        )
+        return GridLearner(student, self.trained, self.rank, (team or ALONE).device)
 
     def settings(self) -> DistillSettings:
         """Of the training."""
         from edgedistill.distill_loss import LossSettings
 
-        return self.distill_settings(self._rate, LossSettings(self.temperature))
-
-    @property
-    def _steps(self) -> int:
-        return max(1, self.tokens // self.batch_tokens)
-
-    @property
-    def _rate(self) -> float:
-        return self.learning_rate or LEARNING_RATES[self.trained]
-
-
-def _origin(student: Student, reference: Student) -> Student | None:
-    """The reference where it is what the student was before: nothing was pruned in between."""
-    same = reference.facts == student.facts and not reference.is_quantized
-    return reference if same else None
+        rate = self.learning_rate or LEARNING_RATES[self.trained]
+        return self.distill_settings(rate, LossSettings(self.temperature))
