@@ -27,7 +27,7 @@ GridTrained = Literal["adapter", "scales"]
 FloatArray = npt.NDArray[np.float32]
 
 
-class GridMatrix:
+class ScalesMatrix:
     """One matrix whose scales are trained, and the weights that come of that.
 
     Attributes:
@@ -121,7 +121,7 @@ class GridLearner(Learner):
         device: torch.device = CPU,
     ) -> None:
         super().__init__(student, device)
-        self._matrices: dict[str, GridMatrix | AdapterMatrix] = {}
+        self._matrices: dict[str, ScalesMatrix | AdapterMatrix] = {}
         self._vectors: dict[str, _Vector] = {}
         self._weights: dict[str, Tensor] = {}
         outside = {self.facts.embedding, self.facts.head}
@@ -131,7 +131,7 @@ class GridLearner(Learner):
             if grid is None or name in outside:
                 self._hold(name, shape)
             elif trained == "scales":
-                self._train(name, GridMatrix(student.read_quantized(name), device))
+                self._train(name, ScalesMatrix(student.read_quantized(name), device))
             elif grid.bits >= FOLDED_FROM_BITS:
                 self._train(name, AdapterMatrix(student.read_quantized(name), rank, draw, device))
             else:
@@ -143,7 +143,7 @@ class GridLearner(Learner):
                 hint="quantize with `linears: {v: {bits: 8}, o: {bits: 8}}`, or train `scales`",
             )
 
-    def _train(self, name: str, matrix: GridMatrix | AdapterMatrix) -> None:
+    def _train(self, name: str, matrix: ScalesMatrix | AdapterMatrix) -> None:
         self._matrices[name], self._weights[name] = matrix, matrix.weight
 
     def _hold(self, name: str, shape: tuple[int, ...]) -> None:

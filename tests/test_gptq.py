@@ -23,7 +23,7 @@ from edgedistill.gptq_polish import polish, refit_scales
 from edgedistill.gptq_student import quantize_student
 from edgedistill.grid_choice import GridChoice, MatrixGrids
 from edgedistill.plugins import load_plugin
-from edgedistill.quantized import Grid, QTensor
+from edgedistill.quantized import Bits, Grid, QTensor
 from edgedistill.stages.quantize_gptq import QuantizeGptq
 from edgedistill.stages.quantize_rtn import QuantizeRtn, round_to_grid
 from edgedistill.student import Student, StudentWriter, dequantize_student
@@ -80,22 +80,14 @@ def test_outputs_are_nearer_than_by_rounding(grid: Grid, order: Order) -> None:
     assert squared_error(x, weights, run_gptq(x, weights, grid, settings)) < 0.8 * rounded
 
 
-def test_the_error_of_three_bits_lies_between_those_of_two_and_four() -> None:
+@pytest.mark.parametrize("bits", [(2, 3, 4), (4, 5, 8)], ids=["3", "5"])
+def test_more_bits_lose_less(bits: tuple[Bits, Bits, Bits]) -> None:
     x, weights, settings = inputs_of(), weights_of(), GptqSettings()
-    grids = Grid(2, 32), Grid(3, 32), Grid(4, 32)
-    two, three, four = (
-        squared_error(x, weights, run_gptq(x, weights, grid, settings)) for grid in grids
+    few, some, many = (
+        squared_error(x, weights, run_gptq(x, weights, Grid(b, 32), settings)) for b in bits
     )
-    assert 2.5 * four < three < 0.4 * two
-
-
-def test_the_error_of_five_bits_lies_between_those_of_four_and_eight() -> None:
-    x, weights, settings = inputs_of(), weights_of(), GptqSettings()
-    grids = Grid(4, 32), Grid(5, 32), Grid(8, 32)
-    four, five, eight = (
-        squared_error(x, weights, run_gptq(x, weights, grid, settings)) for grid in grids
-    )
-    assert 20 * eight < five < 0.4 * four
+    # Squared: a bit more is a quarter; 8 bits are three bits more than 5.
+    assert 2.5 * 4 ** (bits[2] - bits[1] - 1) * many < some < 0.4 * few
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)

@@ -19,7 +19,7 @@ from edgedistill.calibration import Calibration, calibration_ids
 from edgedistill.chat import Chat
 from edgedistill.cli import app
 from edgedistill.errors import InputError, RecipeError, StageError
-from edgedistill.grid_learner import GridMatrix, GridTrained
+from edgedistill.grid_learner import GridTrained, ScalesMatrix
 from edgedistill.healing_results import RECOVERY_FILE, Recovery
 from edgedistill.pipeline import Pipeline
 from edgedistill.plan import plan_build
@@ -117,13 +117,13 @@ def _adapter(rank: int = 4) -> tuple[AdapterMatrix, QTensor]:
     return AdapterMatrix(rounded, rank, torch.Generator().manual_seed(0)), rounded
 
 
-def _matrix(grid: Grid) -> tuple[GridMatrix, QTensor]:
+def _matrix(grid: Grid) -> tuple[ScalesMatrix, QTensor]:
     weights = np.random.default_rng(3).normal(0, 0.1, (6, 128)).astype(np.float32)
     rounded = round_to_grid(weights, grid)
-    return GridMatrix(rounded), rounded
+    return ScalesMatrix(rounded), rounded
 
 
-def _loss_and_gradients(matrix: GridMatrix, towards: torch.Tensor) -> float:
+def _loss_and_gradients(matrix: ScalesMatrix, towards: torch.Tensor) -> float:
     """Of a loss that is linear in the weights, whose finite differences are exact."""
     loss = (matrix.weight * towards).sum()
     loss.backward()  # type: ignore[no-untyped-call]
