@@ -53,6 +53,15 @@ CASES: dict[str, tuple[MatrixGrids, Recover]] = {
         MatrixGrids(bits=2, linears={"v": ON_8, "o": ON_8}, embeddings=ON_4),
         Recover(**COMMON),
     ),
+    # Of Gemma 3 270M 63% is the embedding: under 3.6 bits only so.
+    "int2-v": (
+        MatrixGrids(
+            bits=2,
+            linears={"v": ON_8},
+            embeddings=GridChoice(bits=4, group_size=128, zero="fixed"),
+        ),
+        Recover(**COMMON),
+    ),
     "int2-scales": (MatrixGrids(bits=2), Recover(trained="scales", **COMMON)),
     "int4-scales": (
         MatrixGrids(bits=4, group_size=32, zero="fixed"),

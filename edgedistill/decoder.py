@@ -83,6 +83,14 @@ class DecoderFacts:
         sliding_layers: of each layer whether it attends to a window; empty: none does.
         window_tokens: that such a layer attends to, the token itself among them.
         sliding_rope: of such layers.
+        unrotated_layers: of each layer whether its queries and keys are not rotated; empty: all
+            are.
+        rotated_dims: of a head, the first ones, that are rotated; None: all.
+        attention_softcap: scores become ``cap * tanh(score / cap)`` before the softmax; None: not.
+        logits_softcap: logits likewise.
+        embedding_multiplier, residual_multiplier: of embeddings, and of what a half block adds to
+            the stream.
+        logits_divisor: what logits are divided by.
     """
 
     family: str
@@ -108,6 +116,13 @@ class DecoderFacts:
     sliding_layers: tuple[bool, ...] = ()
     window_tokens: int | None = None
     sliding_rope: Rope | None = None
+    unrotated_layers: tuple[bool, ...] = ()
+    rotated_dims: int | None = None
+    attention_softcap: float | None = None
+    logits_softcap: float | None = None
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_divisor: float = 1.0
 
     @property
     def parameters(self) -> int:
@@ -132,14 +147,23 @@ class DecoderFacts:
     @property
     def embedding_scale(self) -> float:
         """What embeddings are multiplied by."""
-        return math.sqrt(self.hidden_size) if self.scaled_embedding else 1.0
+        if self.scaled_embedding:
+            return math.sqrt(self.hidden_size)
+        return self.embedding_multiplier
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many of a head's dimensions are rotated."""
+        return self.rotated_dims or self.head_dim
 
     def window_of(self, layer: int) -> int | None:
         """Tokens that a layer attends to; None for all."""
         return self.window_tokens if self.sliding_layers and self.sliding_layers[layer] else None
 
-    def rope_of(self, layer: int) -> Rope:
-        """The rotary embedding of a layer."""
+    def rope_of(self, layer: int) -> Rope | None:
+        """The rotary embedding of a layer; None where it has none."""
+        if self.unrotated_layers and self.unrotated_layers[layer]:
+            return None
         if self.sliding_rope is None or self.window_of(layer) is None:
             return self.rope
         return self.sliding_rope

@@ -96,11 +96,7 @@ class DecoderForward:
         self.student = student
         self.facts = student.facts
         self.device = device
-        head_dim = self.facts.head_dim
-        self._inverse = [
-            torch.from_numpy(self.facts.rope_of(layer).inverse_frequencies(head_dim)).to(device)
-            for layer in range(self.facts.layers)
-        ]
+        self._inverse = [self._frequencies(layer) for layer in range(self.facts.layers)]
 
     def logits(self, ids: Tensor) -> Tensor:
         """int64 [batch, tokens] -> float32 [batch, tokens, vocab]."""
@@ -203,7 +199,8 @@ class DecoderForward:
             q, k = self._norm(q, weights.norms["q"]), self._norm(k, weights.norms["k"])
         before = 0 if past is None else past.tokens
         inverse = self._inverse[weights.layer]
-        q, k = _rotate(q, before, inverse), _rotate(k, before, inverse)
+        if inverse is not None:
+            q, k = _rotate(q, before, inverse), _rotate(k, before, inverse)
         if past is not None:
             k, v = past.add(k, v)
         mask = _mask(tokens, before, self.facts.window_of(weights.layer), x.device)
@@ -217,6 +214,13 @@ class DecoderForward:
             enable_gqa=True,
         )
         return attended.transpose(1, 2).reshape(batch, tokens, -1)
+
+    def _frequencies(self, layer: int) -> Tensor | None:
+        """By which the heads of a layer are rotated: [rotary_dim / 2]; None where they are not."""
+        rope = self.facts.rope_of(layer)
+        if rope is None:
+            return None
+        return torch.from_numpy(rope.inverse_frequencies(self.facts.rotary_dim)).to(self.device)
 
     def _linear(self, weights: BlockWeights, short: str, x: Tensor) -> Tensor:
         """What a matrix of the block makes of its inputs: [..., columns] -> [..., rows]."""

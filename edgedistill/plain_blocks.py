@@ -17,10 +17,16 @@ def beyond_plain_blocks(facts: DecoderFacts) -> list[str]:
     has = {
         "norms that multiply by 1 + w": facts.norm_offset != 0.0,
         "norms behind attention and FFN": facts.post_norms,
-        "an embedding that is multiplied": facts.scaled_embedding,
+        "an embedding that is multiplied": facts.embedding_scale != 1.0,
         f"the activation {facts.activation}": facts.activation != "silu",
         "an attention scale of its own": facts.attention_scale is not None,
         "layers that attend to a sliding window": facts.window_tokens is not None,
+        "layers without rotation": any(facts.unrotated_layers),
+        "heads that are rotated in part": facts.rotary_dim != facts.head_dim,
+        "a soft cap of attention scores": facts.attention_softcap is not None,
+        "a soft cap of logits": facts.logits_softcap is not None,
+        "a residual multiplier": facts.residual_multiplier != 1.0,
+        "logits that are divided": facts.logits_divisor != 1.0,
     }
     return [words for words, there in has.items() if there]
 

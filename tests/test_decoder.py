@@ -12,6 +12,7 @@ import torch
 from edgedistill.decoder import DecoderFacts
 from edgedistill.decoder_forward import DecoderForward, Past
 from edgedistill.errors import InputError
+from edgedistill.rope import Rope
 from edgedistill.student import Student
 from tests.tiny import FAMILY_CONFIGS
 
@@ -111,8 +112,8 @@ def test_gemmas_config_of_transformers_4_and_5_is_the_same_fact(
     bare = {k: v for k, v in older.items() if not k.startswith(("rope_", "sliding_window_p"))}
     facts = DecoderFacts.from_config(bare | {"num_hidden_layers": 7})
     assert facts.sliding_layers == (True,) * 5 + (False, True)
-    assert facts.rope_of(5).theta == 1e6
-    assert facts.rope_of(6).theta == 1e4
+    assert facts.rope_of(5) == Rope(1e6)
+    assert facts.rope_of(6) == Rope(1e4)
     assert facts.window_of(5) is None
 
 

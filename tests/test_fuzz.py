@@ -151,7 +151,8 @@ def test_configs_with_damaged_values(tmp_path: Path, family: str) -> None:
         path.write_text(text)
         facts = read_facts(copied)
         for layer in (0, facts.layers - 1):
-            facts.rope_of(layer).inverse_frequencies(facts.head_dim)
+            if rope := facts.rope_of(layer):
+                rope.inverse_frequencies(facts.rotary_dim)
 
     refused, taken = refusals(damaged_json(config), read, 500)
     assert refused > 50
