@@ -23,7 +23,7 @@ from torch.nn import functional
 from edgedistill.calibration import Calibration, Ids, calibration_ids
 from edgedistill.chat import Chat
 from edgedistill.errors import UsageError
-from edgedistill.runtimes.torch_reference import load_model
+from edgedistill.reference_model import load_reference
 from edgedistill.student import Student
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -138,7 +138,7 @@ class Judge:
         self._head = torch.from_numpy(opened.read(opened.facts.head))
 
     def _run(self, student: Path) -> None:
-        model: Any = load_model(student, threads=torch.get_num_threads())
+        model: Any = load_reference(student, threads=torch.get_num_threads())
         for name, file in self._files.items():
             written = file.with_suffix(".part")
             with written.open("wb") as out, torch.inference_mode():
@@ -182,7 +182,7 @@ class Judge:
 
 def by_transformers(student: Path) -> Predict:
     """A student directory, float or quantized, by ``transformers`` in float32."""
-    model: Any = load_model(student, threads=torch.get_num_threads())
+    model: Any = load_reference(student, threads=torch.get_num_threads())
 
     def predict(ids: Ids) -> LogProbabilities:
         with torch.inference_mode():

@@ -99,12 +99,12 @@ def largest_difference(left: Path, right: Path, tokens: int = 512) -> float:
     import torch
 
     from edgedistill.chat import load_tokenizer
-    from edgedistill.runtimes.torch_reference import load_model
+    from edgedistill.reference_model import load_reference
 
     ids = load_tokenizer(left)(load_texts({})["prose"]).input_ids[:tokens]
     logits = []
     for path in (left, right):
-        model = load_model(path, threads=torch.get_num_threads())
+        model = load_reference(path, threads=torch.get_num_threads())
         with torch.inference_mode():
             logits.append(model(torch.tensor([ids])).logits)
     return float((logits[0] - logits[1]).abs().max())

@@ -36,7 +36,7 @@ from edgedistill.distill_state import DistillState
 from edgedistill.grid_choice import GridChoice, MatrixGrids
 from edgedistill.grid_learner import GridLearner
 from edgedistill.held_out import other_text
-from edgedistill.runtimes.torch_reference import load_model
+from edgedistill.reference_model import load_reference
 from edgedistill.stages.quantize_gptq import QuantizeGptq
 from edgedistill.stages.recover import Recover
 from edgedistill.student import Student, StudentWriter
@@ -95,7 +95,7 @@ def distances(judge: Logits, judged: dict[str, Logits], ids: Tensor) -> dict[str
 
 def transformers_logits(student: Path) -> Logits:
     """The student in ``transformers``, float32, dequantized if it is quantized."""
-    model = load_model(student, threads=torch.get_num_threads())
+    model = load_reference(student, threads=torch.get_num_threads())
     return lambda ids: model(ids).logits
 
 

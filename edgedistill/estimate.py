@@ -13,6 +13,7 @@ from edgedistill.decoder import DecoderFacts
 from edgedistill.plugins import load_plugin
 from edgedistill.quantized import Grid
 from edgedistill.recipe import StageStep
+from edgedistill.reference_model import HELD_BYTES
 from edgedistill.stage import StageCost
 from edgedistill.verify.judge import STRETCH_ENDS, STRETCH_TOKENS, TOKENS_PER_TEXT
 
@@ -58,12 +59,19 @@ def artifact_bytes(facts: DecoderFacts, stages: Sequence[StageStep], format_name
 
 
 def judge_peak_bytes(facts: DecoderFacts) -> int:
-    """Peak memory where ``transformers`` holds the whole student in float32, and a text's logits.
+    """Peak memory where ``transformers`` reads texts in float32, and a text's logits.
 
-    These are in float32 and in float64, before and after the softmax.
+    A small student is held whole, of a large one a block, or the embedding; logits are in float32
+    and in float64, before and after the softmax.
     """
     logits = TOKENS_PER_TEXT * facts.vocab_size * (4 + 8 + 8 + 4)
-    return TORCH_BASE_BYTES + 4 * facts.parameters + logits
+    weights = 4 * facts.parameters
+    if weights > HELD_BYTES:
+        shapes = facts.tensor_shapes()
+        block = sum(math.prod(shapes[name]) for name in facts.linears(0).values())
+        # A tensor and what it is read from, or dequantized through.
+        weights = 4 * max(block, math.prod(shapes[facts.embedding])) * 2
+    return TORCH_BASE_BYTES + weights + logits
 
 
 def tensor_peak_bytes(facts: DecoderFacts) -> int:

@@ -92,9 +92,9 @@ def _sequences(
     """Token ids, the opening among them; the same for the same settings."""
     import torch
 
-    from edgedistill.runtimes.torch_reference import load_model
+    from edgedistill.reference_model import load_reference
 
-    model = load_model(student, threads=settings.threads)
+    model = load_reference(student, threads=settings.threads)
     vocab_size = Student(student).facts.vocab_size
     with progress_bar(count, "writing") as bar, torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)

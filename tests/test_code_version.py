@@ -59,7 +59,7 @@ Versions = Callable[[str, str, str], set[str]]
 
 
 def test_a_stage_counts_for_itself_alone(versions: Versions) -> None:
-    changed = versions("stages/quantize_rtn.py", "ROW_BLOCK_WEIGHTS = ", "ROW_BLOCK_WEIGHTS = 1 + ")
+    changed = versions("stages/quantize_rtn.py", "BLOCK_WEIGHTS = ", "BLOCK_WEIGHTS = 1 + ")
     assert changed == {"rtn"}
 
 

@@ -13,8 +13,8 @@ import torch
 from edgedistill.errors import InputError, StageError
 from edgedistill.exporters.gguf import WEIGHTS_FILE, Gguf
 from edgedistill.gguf_file import GgufFile, gguf_package
+from edgedistill.reference_model import load_reference
 from edgedistill.runtimes.llama_cpp import LlamaCpp
-from edgedistill.runtimes.torch_reference import load_model
 from edgedistill.student import Student
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -43,7 +43,7 @@ def uneven(source: Path) -> ImportanceMatrix:
 def test_importance_is_what_transformers_feeds_to_each_matrix(tiny: Tiny) -> None:
     ids = list(np.random.default_rng(0).integers(0, 500, (3, 40)))
     found = importance_matrix(Student(tiny("llama")), ids)
-    model = load_model(tiny("llama"), threads=1)
+    model = load_reference(tiny("llama"), threads=1)
     squares: dict[str, list[torch.Tensor]] = {}
     places = {"q_proj": "attn_q", "o_proj": "attn_output", "up_proj": "ffn_up"}
     for layer, block in enumerate(model.model.layers):

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from edgedistill.chat import Chat
-from edgedistill.runtimes.torch_reference import TorchSession, load_model
+from edgedistill.reference_model import load_reference
+from edgedistill.runtimes.torch_reference import TorchSession
 from edgedistill.session import Agreement, Logits
 from edgedistill.verify.cache import check_cache
 from edgedistill.verify.judge import (
@@ -70,7 +71,7 @@ def judge(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory)
 
 
 def failed(session: type[TorchSession], student: Path, judge: Path) -> set[str]:
-    with session(load_model(student, threads=1), student, CONTEXT) as opened:
+    with session(load_reference(student, threads=1), student, CONTEXT) as opened:
         (text,) = read_judge_logits(judge)
         turns = read_judge_stretches(judge, TWO_TURNS)
         assert turns is not None

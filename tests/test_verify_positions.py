@@ -13,8 +13,9 @@ import pytest
 from edgedistill.chat import Chat
 from edgedistill.errors import StageError
 from edgedistill.plugins import load_plugin, plugin_names
+from edgedistill.reference_model import load_reference
 from edgedistill.results import Check
-from edgedistill.runtimes.torch_reference import TorchSession, load_model
+from edgedistill.runtimes.torch_reference import TorchSession
 from edgedistill.session import Agreement, Logits
 from edgedistill.student import Student
 from edgedistill.verify.artifact import verify_artifact
@@ -57,7 +58,7 @@ def long(judge: Path) -> JudgedStretches:
 
 
 def check(session: type[TorchSession], student: Path, judge: Path) -> Check:
-    with session(load_model(student, threads=1), student, CONTEXT) as opened:
+    with session(load_reference(student, threads=1), student, CONTEXT) as opened:
         return check_positions(opened, long(judge), AGREEMENT)
 
 

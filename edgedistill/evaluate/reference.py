@@ -29,7 +29,8 @@ from edgedistill.evaluate.score import (
 )
 from edgedistill.evaluate.suite import ChoiceCase, load_suite, sample_cases
 from edgedistill.progress import progress_bar
-from edgedistill.runtimes.torch_reference import TorchSession, load_model, new_cache
+from edgedistill.reference_model import load_reference
+from edgedistill.runtimes.torch_reference import TorchSession, new_cache
 from edgedistill.verify.prompts import common_prefix
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def score_reference(
     cases = sample_cases(load_suite(suite), sample)
     prompts = render_prompts(student, cases, chat, context_tokens=context_tokens)
     started = time.monotonic()
-    model = load_model(student, threads=threads)
+    model = load_reference(student, threads=threads)
     choices = {case.id: case.answer for case in cases if isinstance(case, ChoiceCase)}
     recorder = BaselineRecorder(choices)
     asked = [prompt for prompt in prompts if prompt.id in choices]

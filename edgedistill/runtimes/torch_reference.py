@@ -1,21 +1,16 @@
-"""The judge: ``transformers`` in float32 on a student directory.
-
-Nothing of our own decoder runs here.  A quantized student is dequantized to a temporary copy first,
-because only float students open in ``transformers``.
-"""
+"""The judge: ``transformers`` in float32 on a student directory, with a cache."""
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
-from edgedistill.errors import InputError, UnavailableError, UsageError
+from edgedistill.errors import UsageError
+from edgedistill.reference_model import load_reference
 from edgedistill.session import Logits, Runtime, Session
-from edgedistill.student import Student, dequantize_student
 
 CHUNK_TOKENS = 128  # logits of so many positions lie in memory at once
 
@@ -27,11 +22,13 @@ class TorchReference(Runtime):
 
     def open(self, artifact: Path, *, context_tokens: int, threads: int) -> Session:
         """Load a student directory, float or quantized, as float32."""
-        return TorchSession(load_model(artifact, threads=threads), artifact, context_tokens)
+        return TorchSession(load_reference(artifact, threads=threads), artifact, context_tokens)
 
     def settings(self) -> dict[str, str]:
         """Versions and dtype."""
-        torch, transformers = _libraries()
+        import torch
+        import transformers
+
         return {
             "torch": str(torch.__version__),
             "transformers": str(transformers.__version__),
@@ -118,72 +115,8 @@ class TorchSession(Session):
         return logits
 
 
-def load_model(student: Path, *, threads: int) -> Any:
-    """A causal language model of ``transformers`` in float32, in evaluation mode.
-
-    Args:
-        student: float or quantized; the latter is dequantized to a temporary directory.
-        threads: of torch, for the whole process.
-
-    Raises:
-        InputError: the directory is damaged, or ``transformers`` does not know the model.
-        UnavailableError: torch is not installed.
-    """
-    torch, transformers = _libraries()
-    quantized = Student(student).is_quantized
-    torch.set_num_threads(threads)
-    transformers.utils.logging.disable_progress_bar()
-    with tempfile.TemporaryDirectory(prefix="edgedistill-") as scratch:
-        readable = student
-        if quantized:
-            readable = Path(scratch)
-            dequantize_student(student, readable)
-        try:
-            model, info = transformers.AutoModelForCausalLM.from_pretrained(
-                str(readable),
-                dtype=torch.float32,
-                attn_implementation="sdpa",
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise InputError(
-                f"transformers cannot open it ({error})",
-                where=str(student),
-                hint="a student is a complete Hugging Face directory of a causal language model",
-            ) from error
-    _check_complete(info, student)
-    return model.eval()
-
-
 def new_cache() -> Any:
     """An empty cache that keeps every token, also under a sliding window (the mask does that)."""
     from transformers import DynamicCache
 
     return DynamicCache()
-
-
-def _check_complete(info: dict[str, Any], student: Path) -> None:
-    """transformers fills missing weights with random numbers and only warns."""
-    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        keys = sorted(str(key) for key in info.get(kind, ()))
-        if keys:
-            raise InputError(
-                f"{kind.replace('_', ' ')}: {', '.join(keys[:3])} ({len(keys)} in all)",
-                where=str(student),
-                hint="weights and config.json do not belong together",
-            )
-
-
-def _libraries() -> tuple[Any, Any]:
-    try:
-        import torch
-        import transformers
-    except ImportError as error:
-        raise UnavailableError(
-            f"torch and transformers are needed here ({error})",
-            hint="pip install 'edgedistill[build]'",
-        ) from error
-    return torch, transformers

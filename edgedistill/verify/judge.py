@@ -5,9 +5,7 @@ The judge shares no code with exporters, runtimes or ``decoder.py``.
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,8 @@ import numpy.typing as npt
 
 from edgedistill.chat import Chat, load_tokenizer
 from edgedistill.errors import InputError
-from edgedistill.student import Student, dequantize_student, read_json, write_json
+from edgedistill.reference_model import load_reference
+from edgedistill.student import Student, read_json, write_json
 from edgedistill.verify.prompts import read_as_used, read_long, read_two_turns
 from edgedistill.verify.rounding import write_rounding_costs
 
@@ -96,26 +95,23 @@ def write_judge_logits(
     Raises:
         InputError: a text without tokens; a chat template that refuses it.
     """
-    import torch
-
-    torch.set_num_threads(threads)
     tokenizer, where = load_tokenizer(student), str(student)
     longest = Student(student).facts.max_context_tokens
     ids = read_texts(student, texts, chat)
     most = min(longest, context_tokens or longest)
     turns = read_two_turns(tokenizer, chat, most_tokens=most, where=where)
-    with open_judge(student) as model:
-        for name, tokens in ids.items():
-            np.save(dst / f"{name}.npy", judge_log_probs(model, tokens, (range(len(tokens)),)))
-        write_json(dst / IDS_FILE, ids)
-        write_rounding_costs(model, ids, dst)
-        folder = dst / STRETCHES_FOLDER
-        folder.mkdir()
-        split = (range(turns.first_prompt, turns.cached), range(turns.cached, len(turns.ids)))
-        _write_stretches(model, folder, TWO_TURNS, turns.ids, split)
-        if context_tokens is not None:
-            long = read_long(tokenizer, texts.values(), chat, tokens=most, where=where)
-            _write_stretches(model, folder, LONG, long, stretches_of(len(long)))
+    model = load_reference(student, threads=threads)
+    for name, tokens in ids.items():
+        np.save(dst / f"{name}.npy", judge_log_probs(model, tokens, (range(len(tokens)),)))
+    write_json(dst / IDS_FILE, ids)
+    write_rounding_costs(model, ids, dst)
+    folder = dst / STRETCHES_FOLDER
+    folder.mkdir()
+    split = (range(turns.first_prompt, turns.cached), range(turns.cached, len(turns.ids)))
+    _write_stretches(model, folder, TWO_TURNS, turns.ids, split)
+    if context_tokens is not None:
+        long = read_long(tokenizer, texts.values(), chat, tokens=most, where=where)
+        _write_stretches(model, folder, LONG, long, stretches_of(len(long)))
 
 
 def read_texts(student: Path, texts: Mapping[str, str], chat: Chat) -> dict[str, list[int]]:
@@ -205,20 +201,3 @@ def judge_log_probs(
             if kept:
                 rows.append(torch.log_softmax(logits.double(), dim=-1).float().numpy())
     return np.concatenate(rows)
-
-
-@contextmanager
-def open_judge(student: Path) -> Iterator[Any]:
-    """The student as a ``transformers`` model in float32, in evaluation mode."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with tempfile.TemporaryDirectory() as scratch:
-        path = student
-        if Student(student).is_quantized:
-            path = Path(scratch)
-            dequantize_student(student, path)
-        model = AutoModelForCausalLM.from_pretrained(
-            str(path), dtype=torch.float32, trust_remote_code=False, use_safetensors=True
-        )
-        yield model.eval()

@@ -19,12 +19,12 @@ from edgedistill.chat import Chat
 from edgedistill.content import sha256_file
 from edgedistill.errors import StageError
 from edgedistill.kept_vocabulary import read_kept
+from edgedistill.reference_model import load_reference
 from edgedistill.student import write_json
 from edgedistill.verify.judge import (
     IDS_FILE,
     REMOVED_FILE,
     judge_log_probs,
-    open_judge,
     read_texts,
 )
 
@@ -54,20 +54,17 @@ def write_kept_logits(
         InputError: a text without tokens; a chat template that refuses it.
         StageError: the student's vocabulary is no part of the reference's.
     """
-    import torch
-
-    torch.set_num_threads(threads)
     kept = read_kept(student)
     if kept is None or sha256_file(reference / TOKENIZER_FILE) != kept.whole_tokenizer:
         raise StageError("its vocabulary is no part of the reference's", where=str(student))
     ids = read_texts(student, texts, chat)
     removed = {}
-    with open_judge(reference) as model:
-        for name, tokens in ids.items():
-            whole = judge_log_probs(model, kept.ids[tokens].tolist(), (range(len(tokens)),))
-            part, mass = restrict(whole, kept.ids)
-            np.save(dst / f"{name}.npy", part)
-            removed[name] = float(1.0 - mass.mean())
+    model = load_reference(reference, threads=threads)
+    for name, tokens in ids.items():
+        whole = judge_log_probs(model, kept.ids[tokens].tolist(), (range(len(tokens)),))
+        part, mass = restrict(whole, kept.ids)
+        np.save(dst / f"{name}.npy", part)
+        removed[name] = float(1.0 - mass.mean())
     write_json(dst / IDS_FILE, ids)
     write_json(dst / REMOVED_FILE, removed)
 
