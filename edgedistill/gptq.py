@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from edgedistill.errors import StageError
-from edgedistill.gptq_polish import FloatArray, nearest_codes, polish
+from edgedistill.gptq_polish import FloatArray, blocks, nearest_codes, polish
 from edgedistill.quantized import Grid, QTensor
 from edgedistill.stages.quantize_rtn import round_to_grid
 
@@ -29,6 +29,8 @@ ROUNDED_FROM_BITS = 8
 
 # How far damping is raised, and in what steps, where a Hessian is not positive definite yet.
 DAMPING_STEP, MOST_DAMPING = 10.0, 10.0
+# Triangles of up to this size are inverted by solving.
+TRIANGLE_SIZE = 256
 
 
 @dataclass(frozen=True)
@@ -127,14 +129,14 @@ class Gptq:
         left = np.ascontiguousarray(target[:, order].T)
         codes = np.empty((columns, rows), dtype=np.uint8)
         scales, zeros = self._scales_beforehand(target, grid, importance)
-        for start in range(0, columns, size):
-            block = slice(start, start + size)
+        errors = np.empty((columns, rows), dtype=np.float32)
+        for block, behind in blocks(columns, size):
+            start = block.start
             if self._settings.order != "columns":
                 group = order[start] // size
                 members = np.ascontiguousarray(left[block].T)
                 chosen = round_to_grid(members, grid, importance[order[block]])
                 scales[group], zeros[group] = chosen.scales[:, 0], chosen.zero_points()[:, 0]
-            errors = np.empty((size, rows), dtype=np.float32)
             for j in range(start, start + size):
                 column = order[j]
                 scale, zero = (part[column // size].astype(np.float32) for part in (scales, zeros))
@@ -142,8 +144,9 @@ class Gptq:
                 codes[column] = code
                 error = (left[j] - (code - zero) * scale) / upper[j, j]
                 left[j + 1 : block.stop] -= np.outer(upper[j, j + 1 : block.stop], error)
-                errors[j - start] = error
-            left[block.stop :] -= upper[block, block.stop :].T @ errors
+                errors[j] = error
+            for done, later in behind:
+                left[later] -= upper[done, later].T @ errors[done]
         return QTensor(
             grid,
             np.ascontiguousarray(codes.T),
@@ -210,27 +213,41 @@ def _factorize(
 ) -> tuple[FloatArray, FloatArray]:
     """The damped Hessian, and ``U`` with ``U^T U`` its inverse in the order of rounding.
 
-    Taken from the far end, the Cholesky factor is upper triangular, ``H = R R^T``, and ``U`` is its
-    inverse: nothing but a triangle is ever inverted.  A column that reads nothing is left with the
-    damping alone, so it is rounded to nearest and carries no error of others.
+    With the columns backwards the Hessian's Cholesky factor is ``L``, whose inverse, read backwards
+    again, is ``U``: nothing but a triangle is ever inverted.  A column that reads nothing is left
+    with the damping alone, so it is rounded to nearest and carries no error of others.
 
     Raises:
         StageError: it is not positive definite, however much it is damped.
     """
-    exact = torch.from_numpy(hessian.astype(np.float64))
-    mean = float(exact.diagonal().mean()) or 1.0
+    mean = float(np.diagonal(hessian).mean(dtype=np.float64)) or 1.0
+    backwards = order[::-1]
+    permuted = torch.from_numpy(hessian[np.ix_(backwards, backwards)])
     share = damping
     while share <= max(damping, MOST_DAMPING):
-        damped = exact + share * mean * torch.eye(len(exact), dtype=torch.float64)
-        permuted = damped[order][:, order]
-        lower, failed = torch.linalg.cholesky_ex(permuted.flip(0, 1))
+        exact = permuted.double()
+        exact.diagonal().add_(share * mean)
+        lower, failed = torch.linalg.cholesky_ex(exact)
+        del exact  # of the widest matrices each of these takes a gigabyte
         if not failed:
-            return damped.float().numpy(), _inverted(lower.flip(0, 1)).float().numpy()
+            invert_lower(lower)
+            damped = hessian.copy()
+            diagonal = np.diagonal(hessian).astype(np.float64) + share * mean
+            np.fill_diagonal(damped, diagonal.astype(np.float32))
+            return damped, lower.float().flip(0, 1).numpy()
         share *= DAMPING_STEP
     raise StageError(f"a Hessian is not positive definite, even with {MOST_DAMPING:g} of damping")
 
 
-def _inverted(upper: Tensor) -> Tensor:
-    identity = torch.eye(len(upper), dtype=upper.dtype)
-    inverse: Tensor = torch.linalg.solve_triangular(upper, identity, upper=True)
-    return inverse
+def invert_lower(lower: Tensor) -> None:
+    """Invert a lower triangular matrix [n, n] in place, by halves: products do nearly all of it."""
+    size = len(lower)
+    if size <= TRIANGLE_SIZE:
+        identity = torch.eye(size, dtype=lower.dtype)
+        lower.copy_(torch.linalg.solve_triangular(lower, identity, upper=False))
+        return
+    half = size // 2
+    first, second, below = lower[:half, :half], lower[half:, half:], lower[half:, :half]
+    invert_lower(first)
+    invert_lower(second)
+    below.copy_((second @ below @ first).neg_())

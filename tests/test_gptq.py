@@ -167,7 +167,7 @@ def test_polish_ends_between_the_best_codes_of_all_and_the_rounding() -> None:
 def test_refitting_scales_never_costs_and_finds_the_least_squares_fit(grid: Grid) -> None:
     x, weights = inputs_of(grid.group_size), weights_of(40, grid.group_size)
     start = round_to_grid(weights, grid)
-    found = refit_scales(start, weights, hessian_of(x))
+    found = refit_scales(start, weights @ hessian_of(x), hessian_of(x))
     assert squared_error(x, weights, found) <= squared_error(x, weights, start) * (1 + 1e-6)
     np.testing.assert_array_equal(found.codes, start.codes)
     steps = start.codes.astype(np.float64) - start.zero_points()
