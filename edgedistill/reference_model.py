@@ -52,7 +52,7 @@ def load_reference(student: Path, *, threads: int, held_bytes: int = HELD_BYTES)
             model, info = transformers.AutoModelForCausalLM.from_pretrained(
                 str(readable),
                 dtype=torch.float32,
-                attn_implementation="sdpa",
+                # Its own choice of attention: Gemma 2 has soft caps, for which sdpa has no place.
                 local_files_only=True,
                 trust_remote_code=False,
                 use_safetensors=True,
@@ -81,7 +81,7 @@ def _empty_model(student: Student, transformers: Any) -> Any:
         )
         with init_empty_weights(include_buffers=False):  # what a config decides is computed
             model = transformers.AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
+                config, dtype=torch.float32, trust_remote_code=False
             )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise _unopened(path, error) from error

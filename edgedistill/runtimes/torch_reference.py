@@ -33,7 +33,7 @@ class TorchReference(Runtime):
             "torch": str(torch.__version__),
             "transformers": str(transformers.__version__),
             "dtype": "float32",
-            "attention": "sdpa",
+            "attention": "sdpa, eager where transformers has no other",
         }
 
 
