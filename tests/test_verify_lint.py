@@ -25,6 +25,7 @@ from tests.rounded import round_student, round_tensor
 from tests.tiny import EXPORTS
 
 Tiny = Callable[[str], Path]
+Edit = Callable[[dict[str, Any]], None]
 FORMATS = ("gguf", "onnx", "coreml")
 CONTEXT = 96
 GRIDS = (
@@ -322,6 +323,7 @@ def test_names_of_a_gguf_are_the_packages_own(tiny: Tiny, family: str) -> None:
         assert checkpoint_name(there, family) == name
 
 
+@pytest.mark.parametrize("format_name", ["gguf", "onnx"])
 @pytest.mark.parametrize(
     ("fault", "name"),
     [
@@ -333,11 +335,11 @@ def test_names_of_a_gguf_are_the_packages_own(tiny: Tiny, family: str) -> None:
     ],
 )
 def test_what_a_gemma_does_otherwise_is_named(
-    tiny: Tiny, tmp_path: Path, fault: Callable[[dict[str, Any]], None], name: str
+    tiny: Tiny, tmp_path: Path, fault: Edit, name: str, format_name: str
 ) -> None:
     faulty = shutil.copytree(tiny("gemma3"), tmp_path / "faulty")
     edit_json(faulty / "config.json", fault)
-    found = failed(lint(export(faulty, tmp_path / "a", "gguf"), "gguf", tiny("gemma3")))
+    found = failed(lint(export(faulty, tmp_path / "a", format_name), format_name, tiny("gemma3")))
     assert name in found
     assert found <= {name, "sliding layers", "RoPE theta of sliding layers"}
 

@@ -18,6 +18,8 @@ FLOAT_DTYPES = {1: "float32", 10: "float16", 16: "bfloat16"}  # TensorProto.Data
 NORMS = ("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization")
 # Inputs of GroupQueryAttention: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
 _COS, _SIN = 7, 8
+# What our exporter lets logits go through, four nodes at most.
+LOGIT_STEPS, MOST_LOGIT_STEPS = ("Div", "Tanh", "Mul"), 4
 _SUFFIXES = (".codes", ".blocks")
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # float32 tables: an error of 6e-8 at place p is 6e-8 / p of a frequency, theta takes its
@@ -34,7 +36,8 @@ def read_onnx(artifact: Path) -> Stated:
     """
     config = _genai_config(artifact)
     graph = _Graph(graph_file(artifact))
-    rope = graph.rope()
+    rope = graph.rope(sliding=False) or graph.rope(sliding=True)
+    sliding_rope, windows = graph.rope(sliding=True), graph.windows()
     begin = config.get("bos_token_id")
     beside = (artifact / "tokenizer_config.json").is_file()
     counts, head_size = graph.counts(), _whole(decoder_config(artifact).get("head_size"))
@@ -45,6 +48,9 @@ def read_onnx(artifact: Path) -> Stated:
         context_tokens=_whole(config.get("context_length")),
         tied_embeddings=graph.tied(),
         norm_epsilons=graph.norm_epsilons(),
+        window_tokens=next((window for window in windows if window > 0), None),
+        sliding_layers=_slide(windows) if windows else None,
+        sliding_rope_theta=sliding_rope[0] if sliding_rope else None,
         rope_theta=rope[0] if rope else None,
         rope_divisors=rope[1] if rope else None,
         rope_tolerance=rope[2] if rope else 1e-6,
@@ -71,7 +77,7 @@ class _Graph:
         self._initializers = {tensor.name: tensor for tensor in graph.initializer}
 
     def counts(self) -> dict[str, int]:
-        attention = self._of("GroupQueryAttention")
+        attention = self._attention()
         found: dict[str, int | None] = {"layers": len(attention) or len(self._caches()) or None}
         if attention:
             found["heads"] = _attribute(attention[0], "num_heads")
@@ -90,9 +96,21 @@ class _Graph:
 
     def tied(self) -> bool | None:
         """Whether the node that makes the logits reads the embedding; None: it cannot be told."""
-        heads = [n for n in self._nodes if "logits" in n.output and len(n.input) > 1]
-        name = _stem(heads[0].input[1]) if heads else ""
+        made = {name: node for node in self._nodes for name in node.output}
+        head = made.get("logits")
+        for _ in range(MOST_LOGIT_STEPS):  # a divisor and a soft cap may follow it
+            if head is None or head.op_type not in LOGIT_STEPS:
+                break
+            head = made.get(head.input[0])
+        name = _stem(head.input[1]) if head is not None and len(head.input) > 1 else ""
         return {_EMBEDDING: True, _HEAD: False}.get(name)
+
+    def windows(self) -> list[int]:
+        """Tokens that each layer attends to; 0 or less for all; empty where it is not told."""
+        return [int(_attribute(n, "local_window_size") or 0) for n in self._attention()]
+
+    def _attention(self) -> list[Any]:
+        return self._of("GroupQueryAttention")
 
     def norm_epsilons(self) -> frozenset[float]:
         norms = (node for node in self._nodes if node.op_type in NORMS)
@@ -121,12 +139,15 @@ class _Graph:
             found[_stem(codes)] = stored
         return found
 
-    def rope(self) -> tuple[float, npt.NDArray[np.float64], float] | None:
-        """(theta, divisors, tolerance), from the tables that attention reads."""
-        for node in self._of("GroupQueryAttention"):
-            if len(node.input) <= _SIN:
-                return None
-            names = (node.input[_COS], node.input[_SIN])
+    def rope(self, *, sliding: bool) -> tuple[float, npt.NDArray[np.float64], float] | None:
+        """(theta, divisors, tolerance), from the tables that layers of that kind read.
+
+        None where no layer reads any: those that are not rotated do not.
+        """
+        for node, window in zip(self._attention(), self.windows(), strict=True):
+            names = tuple(node.input[_COS : _SIN + 1])
+            if (window > 0) != sliding or len(names) < 2 or not _attribute(node, "do_rotary"):
+                continue
             if not all(name in self._initializers for name in names):
                 return None
             cos, sin = (self._array(name) for name in names)
@@ -187,6 +208,12 @@ def _stem(name: str) -> str:
     for suffix in _SUFFIXES:
         name = name.removesuffix(suffix)
     return name
+
+
+def _slide(windows: list[int]) -> tuple[bool, ...]:
+    """Of each layer whether it slides; empty: none does.  An odd window is none of the model's."""
+    slides = next((window for window in windows if window > 0), None)
+    return tuple(w == slides for w in windows) if slides is not None else ()
 
 
 def _attribute(node: Any, name: str) -> Any:

@@ -1,0 +1,156 @@
+"""Facts beyond plain blocks in an ONNX graph, held against transformers; a wrong fact shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from edgedistill.decoder import DecoderFacts
+from edgedistill.exporters.onnx import Onnx
+from edgedistill.rope import Rope
+from edgedistill.session import Logits
+from edgedistill.student import Student
+from tests.test_onnx import CONTEXT_TOKENS, export
+from tests.test_onnx_runtime import IDS, divergence, judge, open_session
+from tests.tiny import write_student
+
+Tiny = Callable[[str], Path]
+# Nats at the worst position: an exact graph is at 1e-12.
+SEEN = 1e-3
+
+
+class OtherFacts(Student):
+    """A student whose config states other facts than its graph is to be written from."""
+
+    def __init__(self, path: Path, **changes: Any) -> None:
+        super().__init__(path)
+        self._changes = changes
+
+    @property
+    def facts(self) -> DecoderFacts:
+        return replace(super().facts, **self._changes)
+
+
+def export_with(student: Path, dst: Path, **changes: Any) -> Path:
+    dst.mkdir()
+    Onnx().export(OtherFacts(student, **changes), dst, context_tokens=CONTEXT_TOKENS)
+    return dst
+
+
+def streamed(artifact: Path) -> Logits:
+    with open_session(artifact) as session:
+        return np.concatenate(list(session.stream_logits(IDS)))
+
+
+def nodes(artifact: Path) -> list[Any]:
+    return list(onnx.load(artifact / "model.onnx", load_external_data=False).graph.node)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"window_tokens": 15},
+        {"window_tokens": 17},
+        {"sliding_layers": (False, True, True)},
+        {"sliding_rope": Rope(10000.0)},
+        {"rope": Rope(500.0)},
+        {"norm_offset": 0.0},
+        {"scaled_embedding": False},
+        {"attention_scale": None},
+        {"attention_softcap": 5.0},
+        {"logits_softcap": 8.0},
+        {"logits_divisor": 2.0},
+        {"residual_multiplier": 0.5},
+        {"unrotated_layers": (False, True, False)},
+        {"rotated_dims": 16},
+        {"activation": "silu"},
+    ],
+    ids=str,
+)
+def test_a_wrong_fact_shows(tmp_path: Path, changes: dict[str, Any]) -> None:
+    student = write_student(tmp_path / "s", "gemma3", query_pre_attn_scalar=16)
+    expected = judge(student)
+    assert divergence(expected, streamed(export(student, tmp_path / "o"))) <= 1e-8
+    wrong = streamed(export_with(student, tmp_path / "w", **changes))
+    assert divergence(expected, wrong) > SEEN
+
+
+def test_heads_that_are_rotated_in_part_are_those_of_transformers(tmp_path: Path) -> None:
+    """Judged by Phi-3, whose projections are those of a Llama laid together."""
+    import torch
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    student = write_student(tmp_path / "s", "llama3", rope_parameters={"rope_type": "default"})
+    theirs = {
+        key: value
+        for key, value in Student(student).config.items()
+        if key not in ("model_type", "architectures", "rope_parameters", "attention_bias")
+    }
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    model = Phi3ForCausalLM(Phi3Config(**theirs, rope_parameters=rope)).eval()
+    model.load_state_dict(_fused(Student(student)))
+    with torch.no_grad():
+        expected = model(torch.tensor([IDS])).logits[0].numpy()
+    artifact = export_with(student, tmp_path / "o", rotated_dims=16)
+    assert divergence(expected, streamed(artifact)) <= 1e-8
+
+
+def _fused(student: Student) -> dict[str, Any]:
+    import torch
+
+    tensors = {name: torch.from_numpy(student.read(name)) for name in student.names()}
+    for layer in range(student.facts.layers):
+        names = student.facts.linears(layer)
+        for fused, parts in (("self_attn.qkv_proj", "qkv"), ("mlp.gate_up_proj", ("gate", "up"))):
+            rows = [tensors.pop(names[part]) for part in parts]
+            tensors[f"model.layers.{layer}.{fused}.weight"] = torch.cat(rows)
+    return tensors
+
+
+def test_layers_share_a_table_for_each_base(tiny: Tiny, tmp_path: Path) -> None:
+    read = [
+        tuple(node.input[7:9])
+        for node in nodes(export(tiny("gemma3"), tmp_path / "o"))
+        if node.op_type == "GroupQueryAttention"
+    ]
+    sliding = ("rope.sliding.cos", "rope.sliding.sin")
+    assert read == [sliding, ("rope.cos", "rope.sin"), sliding]
+
+
+def test_a_block_costs_as_many_nodes_as_it_has_operations(tiny: Tiny, tmp_path: Path) -> None:
+    """The norm after an addition is one node with it, also where another norm stands before."""
+    counts = {
+        family: [node.op_type for node in nodes(export(tiny(family), tmp_path / family))]
+        for family in ("llama", "gemma3")
+    }
+    fused = [kinds.count("SkipSimplifiedLayerNormalization") for kinds in counts.values()]
+    assert fused == [2 * 3, 2 * 3]
+    # Seven matrices, attention, two fused norms, silu in two, the product of gate and up; Gemma:
+    # gelu in one, two norms behind the halves, and each of q and k normalized in three.
+    ends = 1 + 1 + 1 + 6 + 2  # embedding, first norm, head, lengths, two slices
+    assert len(counts["llama"]) == 3 * 13 + ends
+    assert len(counts["gemma3"]) == 3 * (12 + 2 + 6) + ends + 1  # the embedding is multiplied
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"head_dim": 24}, "heads of 24 dimensions: .* takes multiples of 16"),
+        ({"rotated_dims": 8}, "heads that rotate 8 dimensions: .* takes multiples of 16"),
+        ({"head_dim": 24, "unrotated_layers": (True, True, True)}, None),
+        ({"head_dim": 20, "unrotated_layers": (True, True, True)}, "20 .* multiples of 8"),
+    ],
+)
+def test_heads_that_the_operator_does_not_take_are_refused(
+    tiny: Tiny, changes: dict[str, Any], message: str | None
+) -> None:
+    import re
+
+    found = Onnx().problems(replace(Student(tiny("llama")).facts, **changes))
+    assert (len(found) == 1 and re.search(message, found[0])) if message else found == []
