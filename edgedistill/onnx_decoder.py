@@ -226,11 +226,12 @@ class _Decoder:
         return name if name in graph else graph.constant(name, np.array(value, dtype=np.float32))
 
     def _rope_tables(self, rope: Rope) -> tuple[str, str]:
-        """Cosines and sines, float32 [context_tokens, rotary_dim / 2]; layers share them."""
+        """Cosines and sines, float32 [context_tokens, rotary_dim / 2], their factor in them."""
         names = ROPE_TABLES if rope == self._facts.rope else SLIDING_ROPE_TABLES
         if names[0] not in self._graph:
             positions = np.arange(self._context_tokens, dtype=np.float32)
             angles = np.outer(positions, rope.inverse_frequencies(self._facts.rotary_dim))
+            factor = np.float32(rope.attention_factor)
             for name, table in zip(names, (np.cos(angles), np.sin(angles)), strict=True):
-                self._graph.weight(name, table)
+                self._graph.weight(name, table * factor)
         return names
