@@ -52,9 +52,8 @@ def nodes(artifact: Path) -> list[Any]:
     return list(onnx.load(artifact / "model.onnx", load_external_data=False).graph.node)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
+FACTS: dict[str, list[dict[str, Any]]] = {
+    "gemma3": [
         {"window_tokens": 15},
         {"window_tokens": 17},
         {"sliding_layers": (False, True, True)},
@@ -62,23 +61,44 @@ def nodes(artifact: Path) -> list[Any]:
         {"rope": Rope(500.0)},
         {"norm_offset": 0.0},
         {"scaled_embedding": False},
-        {"attention_scale": None},
-        {"attention_softcap": 5.0},
-        {"logits_softcap": 8.0},
-        {"logits_divisor": 2.0},
-        {"residual_multiplier": 0.5},
-        {"unrotated_layers": (False, True, False)},
-        {"rotated_dims": 16},
         {"activation": "silu"},
+        {"rotated_dims": 16},
     ],
-    ids=str,
+    "gemma2": [
+        {"window_tokens": 17},
+        {"attention_scale": None},
+        {"attention_softcap": None},
+        {"logits_softcap": None},
+    ],
+    "smollm3": [{"unrotated_layers": ()}, {"unrotated_layers": (True, False, True)}],
+    "granite": [
+        {"attention_scale": None},
+        {"embedding_multiplier": 1.0},
+        {"residual_multiplier": 1.0},
+        {"logits_divisor": 1.0},
+    ],
+    "qwen2_yarn": [{"rope": Rope(10000.0)}],
+    "mistral_sliding": [{"window_tokens": 15}, {"window_tokens": None}],
+    "qwen3_sliding": [{"sliding_layers": (True, True, True)}],
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"), [(f, c) for f, all_ in FACTS.items() for c in all_], ids=str
 )
-def test_a_wrong_fact_shows(tmp_path: Path, changes: dict[str, Any]) -> None:
-    student = write_student(tmp_path / "s", "gemma3", query_pre_attn_scalar=16)
-    expected = judge(student)
-    assert divergence(expected, streamed(export(student, tmp_path / "o"))) <= 1e-8
-    wrong = streamed(export_with(student, tmp_path / "w", **changes))
-    assert divergence(expected, wrong) > SEEN
+def test_a_wrong_fact_shows(
+    tiny: Tiny, tmp_path: Path, family: str, changes: dict[str, Any]
+) -> None:
+    wrong = streamed(export_with(tiny(family), tmp_path / "o", **changes))
+    assert divergence(judge(tiny(family)), wrong) > SEEN
+
+
+def test_the_factor_of_a_scaled_rotation_is_in_the_tables(tiny: Tiny, tmp_path: Path) -> None:
+    rope = Student(tiny("qwen2_yarn")).facts.rope
+    assert rope.attention_factor > 1.0
+    wrong = {"rope": replace(rope, attention_factor=1.0)}
+    artifact = export_with(tiny("qwen2_yarn"), tmp_path / "o", **wrong)
+    assert divergence(judge(tiny("qwen2_yarn")), streamed(artifact)) > SEEN
 
 
 def test_heads_that_are_rotated_in_part_are_those_of_transformers(tmp_path: Path) -> None:

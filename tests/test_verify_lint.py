@@ -21,6 +21,7 @@ from edgedistill.verify.lint import lint_artifact
 from edgedistill.verify.lint_gguf import checkpoint_name
 from edgedistill.verify.side_files import read_ends
 from edgedistill.verify.stated import table_frequencies, theta_and_divisors
+from tests.artifact_tensors import OnnxTensors, edited_graph
 from tests.rounded import round_student, round_tensor
 from tests.tiny import EXPORTS
 
@@ -85,8 +86,12 @@ def test_what_is_exported_passes(tiny: Tiny, tmp_path: Path, family: str, format
         "tied embeddings",
         "chat template",
     }
+    if family in ("gemma2", "gemma3", "mistral_sliding", "qwen3_sliding"):
+        everywhere |= {"sliding window", "sliding layers"}
     if family == "gemma3":
-        everywhere |= {"sliding window", "sliding layers", "RoPE theta of sliding layers"}
+        everywhere.add("RoPE theta of sliding layers")
+    if format_name == "onnx":
+        everywhere.add("RoPE magnitude")
     assert everywhere <= names
 
 
@@ -342,6 +347,62 @@ def test_what_a_gemma_does_otherwise_is_named(
     found = failed(lint(export(faulty, tmp_path / "a", format_name), format_name, tiny("gemma3")))
     assert name in found
     assert found <= {name, "sliding layers", "RoPE theta of sliding layers"}
+
+
+def of_attention(model: Any) -> list[Any]:
+    return [node for node in model.graph.node if node.op_type == "GroupQueryAttention"]
+
+
+def another_window_in_one_layer(model: Any) -> None:
+    (window,) = (a for a in of_attention(model)[2].attribute if a.name == "local_window_size")
+    window.i = 17
+
+
+def no_window_in_one_layer(model: Any) -> None:
+    kept = [a for a in of_attention(model)[2].attribute if a.name != "local_window_size"]
+    del of_attention(model)[2].attribute[:]
+    of_attention(model)[2].attribute.extend(kept)
+
+
+def tables_of_the_other_layers(model: Any) -> None:
+    for node in (of_attention(model)[0], of_attention(model)[2]):
+        node.input[7:9] = ["rope.cos", "rope.sin"]
+
+
+@pytest.mark.parametrize(
+    ("edit", "name"),
+    [
+        (another_window_in_one_layer, "sliding layers"),
+        (no_window_in_one_layer, "sliding layers"),
+        (tables_of_the_other_layers, "RoPE theta of sliding layers"),
+    ],
+)
+def test_a_layer_of_a_graph_that_attends_otherwise_is_named(
+    tiny: Tiny, tmp_path: Path, edit: Callable[[Any], None], name: str
+) -> None:
+    artifact = export(tiny("gemma3"), tmp_path / "a", "onnx")
+    with edited_graph(artifact) as model:
+        edit(model)
+    assert failed(lint(artifact, "onnx", tiny("gemma3"))) == {name}
+
+
+def test_a_rotation_without_its_factor_is_named(tiny: Tiny, tmp_path: Path) -> None:
+    artifact = export(tiny("qwen2_yarn"), tmp_path / "a", "onnx")
+    for table in OnnxTensors(artifact, Student(tiny("qwen2_yarn")).facts).rope_tables():
+        table /= table.max()
+    assert failed(lint(artifact, "onnx", tiny("qwen2_yarn"))) == {"RoPE magnitude"}
+
+
+def other_yarn(config: dict[str, Any]) -> None:
+    config["rope_parameters"]["factor"] = 8.0
+
+
+def test_a_yarn_of_another_factor_is_named(tiny: Tiny, tmp_path: Path) -> None:
+    faulty = shutil.copytree(tiny("qwen2_yarn"), tmp_path / "faulty")
+    edit_json(faulty / "config.json", other_yarn)
+    found = failed(lint(export(faulty, tmp_path / "a", "onnx"), "onnx", tiny("qwen2_yarn")))
+    assert {"RoPE scaling", "RoPE magnitude"} <= found
+    assert found <= {"RoPE scaling", "RoPE magnitude", "RoPE theta"}
 
 
 @pytest.mark.parametrize("format_name", FORMATS)

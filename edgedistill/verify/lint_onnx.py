@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -50,10 +50,11 @@ def read_onnx(artifact: Path) -> Stated:
         norm_epsilons=graph.norm_epsilons(),
         window_tokens=next((window for window in windows if window > 0), None),
         sliding_layers=_slide(windows) if windows else None,
-        sliding_rope_theta=sliding_rope[0] if sliding_rope else None,
-        rope_theta=rope[0] if rope else None,
-        rope_divisors=rope[1] if rope else None,
-        rope_tolerance=rope[2] if rope else 1e-6,
+        sliding_rope_theta=sliding_rope.theta if sliding_rope else None,
+        rope_theta=rope.theta if rope else None,
+        rope_divisors=rope.divisors if rope else None,
+        rope_magnitude=rope.magnitude if rope else None,
+        rope_tolerance=rope.tolerance if rope else 1e-6,
         bos_id=begin if isinstance(begin, int) else None,
         end_ids=_ends(config.get("eos_token_id")) if config else None,
         storage=graph.storage(),
@@ -61,6 +62,15 @@ def read_onnx(artifact: Path) -> Stated:
         has_template=beside,
         architecture=str(config.get("type")) if config else None,
     )
+
+
+class _Rope(NamedTuple):
+    """What a pair of tables was made with, and the relative error of their dtype."""
+
+    theta: float
+    divisors: npt.NDArray[np.float64]
+    magnitude: float
+    tolerance: float
 
 
 class _Graph:
@@ -139,10 +149,10 @@ class _Graph:
             found[_stem(codes)] = stored
         return found
 
-    def rope(self, *, sliding: bool) -> tuple[float, npt.NDArray[np.float64], float] | None:
-        """(theta, divisors, tolerance), from the tables that layers of that kind read.
+    def rope(self, *, sliding: bool) -> _Rope | None:
+        """What the tables say that layers of that kind read; None where none reads any.
 
-        None where no layer reads any: those that are not rotated do not.
+        Those that are not rotated do not.
         """
         for node, window in zip(self._attention(), self.windows(), strict=True):
             names = tuple(node.input[_COS : _SIN + 1])
@@ -151,10 +161,11 @@ class _Graph:
             if not all(name in self._initializers for name in names):
                 return None
             cos, sin = (self._array(name) for name in names)
-            if cos.shape != sin.shape or cos.ndim != 2 or len(cos) < 2:
+            if cos.shape != sin.shape or cos.ndim != 2 or len(cos) < 2 or not cos.size:
                 raise InputError("has rotary tables of a strange shape", where=str(self._path))
+            theta, divisors = theta_and_divisors(table_frequencies(cos, sin))
             tolerance = TABLE_TOLERANCE["float32" if cos.dtype == np.float32 else "float16"]
-            return (*theta_and_divisors(table_frequencies(cos, sin)), tolerance)
+            return _Rope(theta, divisors, float(cos[0, 0]), tolerance)
         return None
 
     def _of(self, kind: str) -> list[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from edgedistill.results import Check
+from edgedistill.verify.lint_check import lint_check, near
 from edgedistill.verify.stated import Stated
 
 
@@ -17,31 +18,40 @@ def sliding_checks(stated: Stated, config: Any) -> list[Check]:
         stated: what the artifact says.
         config: of ``transformers``.
     """
-    kinds = list(getattr(config, "layer_types", None) or [])
-    slides = tuple(kind == "sliding_attention" for kind in kinds)
+    slides = expected_layers(config)
     if stated.sliding_layers is None or not (any(slides) or any(stated.sliding_layers)):
         return []
     expected = int(config.sliding_window) if any(slides) else None
-    found = [_same("sliding window", expected, stated.window_tokens)]
-    found.append(_same("sliding layers", _layers(slides), _layers(stated.sliding_layers)))
+    pairs = {
+        "sliding window": (expected, stated.window_tokens),
+        "sliding layers": (_layers(slides), _layers(stated.sliding_layers)),
+    }
+    found = [lint_check(words, a == b, a, b) for words, (a, b) in pairs.items()]
     if any(slides):
-        theta = float(config.rope_parameters["sliding_attention"]["rope_theta"])
-        stated_theta = stated.sliding_rope_theta
-        near = stated_theta is not None and abs(stated_theta - theta) <= (
-            stated.rope_tolerance * theta
-        )
-        shown = "not stated" if stated_theta is None else f"{stated_theta:.7g}"
-        detail = shown if near else f"{shown}, expected {theta:g}"
-        found.append(Check(name="lint: RoPE theta of sliding layers", passed=near, detail=detail))
+        found += _theta(stated, config.rope_parameters)
     return found
+
+
+def expected_layers(config: Any) -> tuple[bool, ...]:
+    """Of each layer whether ``transformers`` lets it slide: all do where a config lists none."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        return tuple(kind == "sliding_attention" for kind in kinds)
+    return (bool(getattr(config, "sliding_window", None)),) * int(config.num_hidden_layers)
+
+
+def _theta(stated: Stated, parameters: dict[str, Any]) -> list[Check]:
+    """The base of sliding layers, which has to be stated where it is one of their own."""
+    own = parameters.get("sliding_attention")
+    found = stated.sliding_rope_theta
+    if own is None and (found is None or found == stated.rope_theta):
+        return []  # the base of all layers, which is held against the config by itself
+    theta = float((own or parameters)["rope_theta"])
+    right = found is not None and near(found, theta, stated.rope_tolerance)
+    shown = None if found is None else f"{found:.7g}"
+    return [lint_check("RoPE theta of sliding layers", right, f"{theta:g}", shown)]
 
 
 def _layers(slides: tuple[bool, ...]) -> str:
     """``.`` for a layer that attends to all, ``s`` for one that slides."""
     return "".join("s" if one else "." for one in slides) if any(slides) else "none"
-
-
-def _same(words: str, expected: object, found: object) -> Check:
-    passed = expected == found
-    detail = f"{found}" if passed else f"{found}, expected {expected}"
-    return Check(name=f"lint: {words}", passed=passed, detail=detail)

@@ -31,7 +31,8 @@ class Stated:
         norm_tolerance: largest relative error of them that the format's own rounding makes.
         rope_theta: base of the rotary frequencies.
         rope_divisors: float64 [head_dim / 2], what its scaling divides each frequency by.
-        rope_tolerance: largest relative error of both that the format's own rounding makes.
+        rope_magnitude: what cosines and sines are multiplied by, where tables tell it.
+        rope_tolerance: largest relative error of all three that the format's own rounding makes.
         bos_id: the beginning-of-sequence token.
         adds_bos: whether its tokenizer puts that before a text.
         end_ids: the tokens that it names as ends of a text or a turn.
@@ -53,6 +54,7 @@ class Stated:
     norm_tolerance: float = 1e-6
     rope_theta: float | None = None
     rope_divisors: Doubles | None = None
+    rope_magnitude: float | None = None
     rope_tolerance: float = 1e-6
     bos_id: int | None = None
     adds_bos: bool | None = None
