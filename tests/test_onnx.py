@@ -199,20 +199,23 @@ def test_package_carries_tokenizer_template_and_config(
     assert config["search"]["max_length"] == CONTEXT_TOKENS
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_tokenizer_of_the_package_cuts_as_the_students_in_both_libraries(
-    tiny: Callable[[str], Path], tmp_path: Path
+    tiny: Callable[[str], Path], tmp_path: Path, family: str
 ) -> None:
     import onnxruntime_genai
     from tokenizers import Tokenizer
 
     from edgedistill.verify.strings import HARD_STRINGS
 
-    artifact = export(tiny("llama"), tmp_path / "o")
+    artifact = export(tiny(family), tmp_path / "o")
     own, shipped = (
-        Tokenizer.from_file(str(d / "tokenizer.json")) for d in (tiny("llama"), artifact)
+        Tokenizer.from_file(str(d / "tokenizer.json")) for d in (tiny(family), artifact)
     )
     genai = onnxruntime_genai.Tokenizer(str(artifact))
-    for text in (*HARD_STRINGS, " ½ ²", "a 1 2  33 b", " ①", "12,345 7"):
+    characters, draws = list("".join(HARD_STRINGS)), np.random.default_rng(0)
+    noise = ["".join(draws.choice(characters, 40)) for _ in range(50)]
+    for text in (*HARD_STRINGS, *noise, " ½ ²", "a 1 2  33 b", " ①", "12,345 7", " a\n\n b"):
         expected = own.encode(text, add_special_tokens=False).ids
         assert shipped.encode(text, add_special_tokens=False).ids == expected
         assert [int(i) for i in genai.encode(text)] == expected
