@@ -16,6 +16,7 @@ from edgedistill.exporters.onnx import Onnx
 from edgedistill.rope import Rope
 from edgedistill.session import Logits
 from edgedistill.student import Student
+from edgedistill.verify.lint import lint_artifact
 from tests.test_onnx import CONTEXT_TOKENS, export
 from tests.test_onnx_runtime import IDS, divergence, judge, open_session
 from tests.tiny import write_student
@@ -66,7 +67,7 @@ FACTS: dict[str, list[dict[str, Any]]] = {
     ],
     "gemma2": [
         {"window_tokens": 17},
-        {"attention_scale": None},
+        {"attention_scale": 0.25},
         {"attention_softcap": None},
         {"logits_softcap": None},
     ],
@@ -99,6 +100,37 @@ def test_the_factor_of_a_scaled_rotation_is_in_the_tables(tiny: Tiny, tmp_path: 
     wrong = {"rope": replace(rope, attention_factor=1.0)}
     artifact = export_with(tiny("qwen2_yarn"), tmp_path / "o", **wrong)
     assert divergence(judge(tiny("qwen2_yarn")), streamed(artifact)) > SEEN
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "name"),
+    [
+        ("gemma3", {"scaled_embedding": False}, "embedding scale"),
+        ("gemma3", {"window_tokens": 17}, "sliding window"),
+        ("gemma3", {"sliding_rope": None}, "RoPE theta of sliding layers"),
+        ("gemma2", {"attention_scale": 0.25}, "attention scale"),
+        ("gemma2", {"attention_softcap": 50.0}, "soft cap of attention"),
+        ("gemma2", {"logits_softcap": None}, "soft cap of logits"),
+        ("granite", {"attention_scale": None}, "attention scale"),
+        ("granite", {"embedding_multiplier": 1.0}, "embedding scale"),
+        ("granite", {"residual_multiplier": 0.5}, "residual scale"),
+        ("granite", {"logits_divisor": 0.5}, "divisor of logits"),
+        ("llama", {"logits_softcap": 30.0}, "soft cap of logits"),
+        ("llama", {"residual_multiplier": 0.5}, "residual scale"),
+        ("smollm3", {"unrotated_layers": ()}, "layers without rotation"),
+        ("mistral", {"sliding_layers": (True,) * 3, "window_tokens": 16}, "sliding window"),
+    ],
+    ids=str,
+)
+def test_lint_names_a_wrong_fact(
+    tiny: Tiny, tmp_path: Path, family: str, changes: dict[str, Any], name: str
+) -> None:
+    artifact = export_with(tiny(family), tmp_path / "o", **changes)
+    checks = lint_artifact(artifact, "onnx", tiny(family), context_tokens=CONTEXT_TOKENS)
+    failed = {check.name for check in checks if not check.passed}
+    beside = {"lint: sliding layers", "lint: RoPE theta of sliding layers"}
+    assert f"lint: {name}" in failed
+    assert failed <= {f"lint: {name}"} | (beside if name == "sliding window" else set())
 
 
 def test_heads_that_are_rotated_in_part_are_those_of_transformers(tmp_path: Path) -> None:

@@ -9,17 +9,29 @@ import numpy as np
 import numpy.typing as npt
 
 from edgedistill.errors import InputError
-from edgedistill.onnx_package import CONFIG_FILE, decoder_config, graph_file, not_installed
+from edgedistill.onnx_package import (
+    CONFIG_FILE,
+    FIRST_LOGIT,
+    decoder_config,
+    graph_file,
+    not_installed,
+)
 from edgedistill.student import read_json
+from edgedistill.verify.lint_numbers import ROPE_MAGNITUDE
+from edgedistill.verify.lint_onnx_numbers import (
+    attention_numbers,
+    attribute,
+    behind_head,
+    stream_numbers,
+)
 from edgedistill.verify.side_files import read_template
 from edgedistill.verify.stated import Stated, describe, table_frequencies, theta_and_divisors
 
-FLOAT_DTYPES = {1: "float32", 10: "float16", 16: "bfloat16"}  # TensorProto.DataType
+_FLOAT = 1
+FLOAT_DTYPES = {_FLOAT: "float32", 10: "float16", 16: "bfloat16"}  # TensorProto.DataType
 NORMS = ("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization")
 # Inputs of GroupQueryAttention: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
 _COS, _SIN = 7, 8
-# What our exporter lets logits go through, four nodes at most.
-LOGIT_STEPS, MOST_LOGIT_STEPS = ("Div", "Tanh", "Mul"), 4
 _SUFFIXES = (".codes", ".blocks")
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # float32 tables: an error of 6e-8 at place p is 6e-8 / p of a frequency, theta takes its
@@ -43,6 +55,7 @@ def read_onnx(artifact: Path) -> Stated:
     counts, head_size = graph.counts(), _whole(decoder_config(artifact).get("head_size"))
     if "head_dim" not in counts and head_size is not None:  # the caches' shape has a name there
         counts["head_dim"] = head_size
+    magnitude: dict[str, float | None] = {ROPE_MAGNITUDE: rope.magnitude} if rope else {}
     return Stated(
         counts=counts,
         context_tokens=_whole(config.get("context_length")),
@@ -51,9 +64,10 @@ def read_onnx(artifact: Path) -> Stated:
         window_tokens=next((window for window in windows if window > 0), None),
         sliding_layers=_slide(windows) if windows else None,
         sliding_rope_theta=sliding_rope.theta if sliding_rope else None,
+        unrotated_layers=graph.unrotated(),
+        numbers=graph.numbers(counts.get("head_dim")) | magnitude,
         rope_theta=rope.theta if rope else None,
         rope_divisors=rope.divisors if rope else None,
-        rope_magnitude=rope.magnitude if rope else None,
         rope_tolerance=rope.tolerance if rope else 1e-6,
         bos_id=begin if isinstance(begin, int) else None,
         end_ids=_ends(config.get("eos_token_id")) if config else None,
@@ -90,8 +104,8 @@ class _Graph:
         attention = self._attention()
         found: dict[str, int | None] = {"layers": len(attention) or len(self._caches()) or None}
         if attention:
-            found["heads"] = _attribute(attention[0], "num_heads")
-            found["kv_heads"] = _attribute(attention[0], "kv_num_heads")
+            found["heads"] = attribute(attention[0], "num_heads")
+            found["kv_heads"] = attribute(attention[0], "kv_num_heads")
         found["head_dim"] = _last_size(self._caches()[0]) if self._caches() else None
         logits = self._outputs.get("logits")
         found["vocab_size"] = None if logits is None else _last_size(logits)
@@ -106,25 +120,39 @@ class _Graph:
 
     def tied(self) -> bool | None:
         """Whether the node that makes the logits reads the embedding; None: it cannot be told."""
-        made = {name: node for node in self._nodes for name in node.output}
-        head = made.get("logits")
-        for _ in range(MOST_LOGIT_STEPS):  # a divisor and a soft cap may follow it
-            if head is None or head.op_type not in LOGIT_STEPS:
-                break
-            head = made.get(head.input[0])
+        head, _ = behind_head(self._nodes)
         name = _stem(head.input[1]) if head is not None and len(head.input) > 1 else ""
         return {_EMBEDDING: True, _HEAD: False}.get(name)
 
     def windows(self) -> list[int]:
         """Tokens that each layer attends to; 0 or less for all; empty where it is not told."""
-        return [int(_attribute(n, "local_window_size") or 0) for n in self._attention()]
+        return [int(attribute(n, "local_window_size") or 0) for n in self._attention()]
+
+    def unrotated(self) -> tuple[bool, ...] | None:
+        """Of each layer whether it is not rotated; others' graphs may rotate by other nodes."""
+        if FIRST_LOGIT not in self._inputs:
+            return None
+        return tuple(not attribute(node, "do_rotary") for node in self._attention())
+
+    def numbers(self, head_dim: int | None) -> dict[str, float | None]:
+        """Scales and soft caps; of others' graphs those that attention states as attributes."""
+        if head_dim is None or not self._attention():
+            return {}
+        found = attention_numbers(self._attention(), head_dim)
+        if FIRST_LOGIT in self._inputs:
+            found |= stream_numbers(self._nodes, self._scalars())
+        return found
+
+    def _scalars(self) -> dict[str, float]:
+        scalars = (t for t in self._initializers.values() if not t.dims and t.data_type == _FLOAT)
+        return {tensor.name: float(self._array(tensor.name)) for tensor in scalars}
 
     def _attention(self) -> list[Any]:
         return self._of("GroupQueryAttention")
 
     def norm_epsilons(self) -> frozenset[float]:
         norms = (node for node in self._nodes if node.op_type in NORMS)
-        found = (_attribute(node, "epsilon") for node in norms)
+        found = (attribute(node, "epsilon") for node in norms)
         return frozenset(float(value) for value in found if value is not None)
 
     def storage(self) -> dict[str, str]:
@@ -140,8 +168,8 @@ class _Graph:
             tensor = self._initializers.get(scales)
             kind = -1 if tensor is None else int(tensor.data_type)
             stored = describe(
-                int(_attribute(node, "bits") or 0),
-                int(_attribute(node, "block_size") or 0),
+                int(attribute(node, "bits") or 0),
+                int(attribute(node, "block_size") or 0),
                 zeros=len(node.input) > 3 and bool(node.input[3]),
                 scales=FLOAT_DTYPES.get(kind, f"type {kind}"),
             )
@@ -156,7 +184,7 @@ class _Graph:
         """
         for node, window in zip(self._attention(), self.windows(), strict=True):
             names = tuple(node.input[_COS : _SIN + 1])
-            if (window > 0) != sliding or len(names) < 2 or not _attribute(node, "do_rotary"):
+            if (window > 0) != sliding or len(names) < 2 or not attribute(node, "do_rotary"):
                 continue
             if not all(name in self._initializers for name in names):
                 return None
@@ -179,7 +207,7 @@ class _Graph:
             if len(tensor.dims) == 2 and name.endswith(".weight")
         }
         for node in self._of("MatMulNBits"):
-            found[_stem(node.input[1])] = (_attribute(node, "N"), _attribute(node, "K"))
+            found[_stem(node.input[1])] = (attribute(node, "N"), attribute(node, "K"))
         return found
 
     def _array(self, name: str) -> npt.NDArray[Any]:
@@ -225,13 +253,6 @@ def _slide(windows: list[int]) -> tuple[bool, ...]:
     """Of each layer whether it slides; empty: none does.  An odd window is none of the model's."""
     slides = next((window for window in windows if window > 0), None)
     return tuple(w == slides for w in windows) if slides is not None else ()
-
-
-def _attribute(node: Any, name: str) -> Any:
-    for attribute in node.attribute:
-        if attribute.name == name:
-            return attribute.f if attribute.type == attribute.FLOAT else attribute.i
-    return None
 
 
 def _last_size(value: Any) -> int | None:

@@ -31,7 +31,7 @@ def expected_rope(config: Any) -> tuple[float, np.ndarray]:
 
 
 def rope_checks(stated: Stated, config: Any) -> list[Check]:
-    """The checks of base, scaling and magnitude, as far as the artifact tells them.
+    """The checks of base and scaling, as far as the artifact tells them.
 
     Args:
         stated: what the artifact says.
@@ -51,11 +51,6 @@ def rope_checks(stated: Stated, config: Any) -> list[Check]:
         )
         spans = (f"frequencies divided by {_span(each)}" for each in (divisors, found))
         checks.append(lint_check("RoPE scaling", same, *spans))
-    if stated.rope_magnitude is not None:
-        expected = expected_magnitude(config)
-        right = near(stated.rope_magnitude, expected, stated.rope_tolerance)
-        shown_as = (f"{value:.6g}" for value in (expected, stated.rope_magnitude))
-        checks.append(lint_check("RoPE magnitude", right, *shown_as))
     return checks
 
 
@@ -71,17 +66,6 @@ def rotates_alike(stated: Stated, theta: float, divisors: np.ndarray) -> bool:
     places = -np.arange(len(divisors)) / len(divisors)
     frequencies, expected = stated.rope_theta**places / found, theta**places / divisors
     return bool(np.allclose(frequencies, expected, rtol=stated.rope_tolerance, atol=0))
-
-
-def expected_magnitude(config: Any) -> float:
-    """What cosines and sines are multiplied by, by the code that ``transformers`` runs."""
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-    if "full_attention" in config.rope_parameters:
-        from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
-
-        return float(Gemma3RotaryEmbedding(config).full_attention_attention_scaling)
-    return float(LlamaRotaryEmbedding(config).attention_scaling)
 
 
 def _span(divisors: np.ndarray) -> str:

@@ -18,7 +18,7 @@ def sliding_checks(stated: Stated, config: Any) -> list[Check]:
         stated: what the artifact says.
         config: of ``transformers``.
     """
-    slides = expected_layers(config)
+    slides = _slides(config)
     if stated.sliding_layers is None or not (any(slides) or any(stated.sliding_layers)):
         return []
     expected = int(config.sliding_window) if any(slides) else None
@@ -32,22 +32,24 @@ def sliding_checks(stated: Stated, config: Any) -> list[Check]:
     return found
 
 
-def expected_layers(config: Any) -> tuple[bool, ...]:
-    """Of each layer whether ``transformers`` lets it slide: all do where a config lists none."""
-    kinds = getattr(config, "layer_types", None)
-    if kinds is not None:
-        return tuple(kind == "sliding_attention" for kind in kinds)
-    return (bool(getattr(config, "sliding_window", None)),) * int(config.num_hidden_layers)
+def _slides(config: Any) -> tuple[bool, ...]:
+    """Of each layer; all attend to the window of a config whose class lists no layers (Mistral)."""
+    if hasattr(type(config), "layer_types"):
+        return tuple(kind == "sliding_attention" for kind in config.layer_types or [])
+    window = config.sliding_window if hasattr(type(config), "sliding_window") else None
+    return (window is not None,) * int(config.num_hidden_layers)
 
 
 def _theta(stated: Stated, parameters: dict[str, Any]) -> list[Check]:
     """The base of sliding layers, which has to be stated where it is one of their own."""
-    own = parameters.get("sliding_attention")
-    found = stated.sliding_rope_theta
-    if own is None and (found is None or found == stated.rope_theta):
-        return []  # the base of all layers, which is held against the config by itself
+    own, found = parameters.get("sliding_attention"), stated.sliding_rope_theta
+    if own is None and found is None:
+        return []
     theta = float((own or parameters)["rope_theta"])
-    right = found is not None and near(found, theta, stated.rope_tolerance)
+    # Where all layers have one base, that is held against the config by itself.
+    right = found is not None and (
+        (own is None and found == stated.rope_theta) or near(found, theta, stated.rope_tolerance)
+    )
     shown = None if found is None else f"{found:.7g}"
     return [lint_check("RoPE theta of sliding layers", right, f"{theta:g}", shown)]
 
