@@ -26,6 +26,10 @@ class _Family:
         slides: whether its config says of each layer how it attends.
         activation_key: where the config names the activation, and ``activation`` its default.
         defaults: of keys that its config may leave out.
+        windowed: whether all layers attend to a window, where the config states one.
+        partly_rotated: whether its config may rotate a share of a head alone.
+        rope_types: scalings of the rotary embedding that it has in transformers; empty: any.
+        fused: as ``fused_modules`` of :class:`DecoderFacts`.
     """
 
     attention_bias: bool = False
@@ -38,6 +42,10 @@ class _Family:
     activation_key: str = "hidden_act"
     activation: str = "silu"
     defaults: dict[str, Any] = field(default_factory=dict)
+    windowed: bool = False
+    partly_rotated: bool = False
+    rope_types: tuple[str, ...] = ()
+    fused: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 FAMILIES: dict[str, _Family] = {
@@ -55,6 +63,14 @@ FAMILIES: dict[str, _Family] = {
         activation="gelu_pytorch_tanh",
         # Those of transformers' Gemma3TextConfig.
         defaults={"head_dim": 256, "query_pre_attn_scalar": 256, "tie_word_embeddings": True},
+    ),
+    "phi3": _Family(
+        windowed=True,
+        partly_rotated=True,
+        rope_types=("longrope",),
+        # Of transformers' Phi3Config, which looks for it there first.
+        defaults={"original_max_position_embeddings": 4096},
+        fused={"self_attn.qkv_proj": ("q", "k", "v"), "mlp.gate_up_proj": ("gate", "up")},
     ),
 }
 ACTIVATIONS: dict[str, Activation] = {
@@ -91,6 +107,8 @@ class DecoderFacts:
         embedding_multiplier, residual_multiplier: of embeddings, and of what a half block adds to
             the stream.
         logits_divisor: what logits are divided by.
+        fused_modules: of a block, those that a checkpoint stores one on top of the other: the
+            module's name there -> what is in its rows, in their order, by short names.
     """
 
     family: str
@@ -123,6 +141,7 @@ class DecoderFacts:
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
     logits_divisor: float = 1.0
+    fused_modules: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def parameters(self) -> int:
@@ -209,6 +228,20 @@ class DecoderFacts:
         short = ("qkv" if self.attention_bias else "") + ("o" if self.output_bias else "")
         return {n: f"model.layers.{layer}.self_attn.{n}_proj.bias" for n in short}
 
+    def fused_tensors(self) -> dict[str, dict[str, int]]:
+        """Each tensor that a checkpoint stores fused -> its parts' names and rows, in their order.
+
+        Everywhere else the parts are tensors of their own, as in the other families.
+        """
+        shapes, found = self.tensor_shapes(), dict[str, dict[str, int]]()
+        for layer in range(self.layers):
+            for module, shorts in self.fused_modules.items():
+                for kind, names in ("weight", self.linears(layer)), ("bias", self.biases(layer)):
+                    if set(shorts) <= set(names):
+                        parts = {names[short]: shapes[names[short]][0] for short in shorts}
+                        found[f"model.layers.{layer}.{module}.{kind}"] = parts
+        return found
+
     def matrices(self) -> list[str]:
         """All matrices, in the order of their use: embedding, linears, head if it is its own."""
         inner = [name for layer in range(self.layers) for name in self.linears(layer).values()]
@@ -265,7 +298,7 @@ class DecoderFacts:
             raise ValueError(f"{heads} heads share {kv_heads} key heads of {head_dim}")
         bias = bool(config.get("attention_bias")) if kind in ("llama", "qwen3") else False
         layers = _size(config, "num_hidden_layers", most=MOST_LAYERS)
-        return cls(
+        facts = cls(
             family=kind,
             layers=layers,
             hidden_size=hidden,
@@ -284,14 +317,18 @@ class DecoderFacts:
             norm_offset=family.norm_offset,
             post_norms=family.post_norms,
             scaled_embedding=family.scaled_embedding,
+            fused_modules=family.fused,
             **_attention(family, config, layers, where),
+            **_rotated(family, config, head_dim),
         )
+        _check_scaling(family, facts, where)
+        return facts
 
 
 def _attention(family: _Family, config: dict[str, Any], layers: int, where: str) -> dict[str, Any]:
     """How the layers attend: alike, or some of them to a window, with a base of its own."""
     if not family.slides:
-        return {"rope": read_rope(config, where)}
+        return {"rope": read_rope(config, where)} | _one_window(family, config, layers)
     full, sliding = read_layered_ropes(config, where)
     kinds = config.get("layer_types")
     if kinds is None:
@@ -309,6 +346,44 @@ def _attention(family: _Family, config: dict[str, Any], layers: int, where: str)
         window = {"sliding_window": config.get("sliding_window") or 0}
         found["window_tokens"] = _size(window, "sliding_window")
     return found
+
+
+def _one_window(family: _Family, config: dict[str, Any], layers: int) -> dict[str, Any]:
+    """The window of all layers; one that is no shorter than the context is none."""
+    stated = config.get("sliding_window")
+    if not family.windowed or stated is None:
+        return {}
+    window = _size({"sliding_window": stated or 0}, "sliding_window")
+    if window >= _size(config, "max_position_embeddings"):
+        return {}
+    return {"sliding_layers": (True,) * layers, "window_tokens": window}
+
+
+def _rotated(family: _Family, config: dict[str, Any], head_dim: int) -> dict[str, Any]:
+    """How many dimensions of a head are rotated, where those are not all."""
+    if not family.partly_rotated:
+        return {}
+    stated = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    share = positive({"partial_rotary_factor": 1.0} | config | stated, "partial_rotary_factor")
+    rotated = int(head_dim * share)
+    if not 2 <= rotated <= head_dim or rotated % 2:
+        raise ValueError(f"partial_rotary_factor {share} rotates {rotated} of {head_dim}")
+    return {} if rotated == head_dim else {"rotated_dims": rotated}
+
+
+def _check_scaling(family: _Family, facts: DecoderFacts, where: str) -> None:
+    """The scaling is one of the family's, with a factor for every frequency."""
+    scaling = facts.rope.scaling
+    if scaling is None:
+        return
+    if family.rope_types and scaling["rope_type"] not in family.rope_types:
+        raise InputError(
+            f"rope_type {scaling['rope_type']!r} of {facts.family} is not supported", where=where
+        )
+    for key in ("short_factor", "long_factor"):
+        if len(scaling.get(key, ())) not in (0, facts.rotary_dim // 2):
+            count = len(scaling[key])
+            raise ValueError(f"{key} has {count} numbers for {facts.rotary_dim} rotated dimensions")
 
 
 def _activation(family: _Family, config: dict[str, Any], where: str) -> Activation:
@@ -332,7 +407,7 @@ def _size(
 def _refuse_unknown(family: _Family, config: dict[str, Any], where: str) -> None:
     window = config.get("sliding_window")
     problem = None
-    if window and config.get("use_sliding_window", True) and not family.slides:
+    if window and config.get("use_sliding_window", True) and not (family.slides or family.windowed):
         problem = f"sliding_window {window}"
     elif family.slides and config.get("attention_bias"):
         problem = "attention_bias"

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from edgedistill.decoder import DecoderFacts
+from edgedistill.rope import Rope
 from edgedistill.student import Student
 
 Watch = Callable[[str, Tensor], None]
@@ -96,7 +97,7 @@ class DecoderForward:
         self.student = student
         self.facts = student.facts
         self.device = device
-        self._inverse = [self._frequencies(layer) for layer in range(self.facts.layers)]
+        self._rotations: dict[tuple[int, bool], _Rotation] = {}
 
     def logits(self, ids: Tensor) -> Tensor:
         """int64 [batch, tokens] -> float32 [batch, tokens, vocab]."""
@@ -198,9 +199,10 @@ class DecoderForward:
         if self.facts.qk_norm:
             q, k = self._norm(q, weights.norms["q"]), self._norm(k, weights.norms["k"])
         before = 0 if past is None else past.tokens
-        inverse = self._inverse[weights.layer]
-        if inverse is not None:
-            q, k = _rotate(q, before, inverse), _rotate(k, before, inverse)
+        rope = self.facts.rope_of(weights.layer)
+        if rope is not None:
+            rotation = self._rotation(weights.layer, rope, before + tokens)
+            q, k = _rotate(q, before, rotation), _rotate(k, before, rotation)
         if past is not None:
             k, v = past.add(k, v)
         mask = _mask(tokens, before, self.facts.window_of(weights.layer), x.device)
@@ -215,12 +217,14 @@ class DecoderForward:
         )
         return attended.transpose(1, 2).reshape(batch, tokens, -1)
 
-    def _frequencies(self, layer: int) -> Tensor | None:
-        """By which the heads of a layer are rotated: [rotary_dim / 2]; None where they are not."""
-        rope = self.facts.rope_of(layer)
-        if rope is None:
-            return None
-        return torch.from_numpy(rope.inverse_frequencies(self.facts.rotary_dim)).to(self.device)
+    def _rotation(self, layer: int, rope: Rope, tokens: int) -> _Rotation:
+        """By which a layer's heads are rotated in a text of so many tokens."""
+        short = rope.short_text_tokens
+        place = layer, short is not None and tokens > short
+        if place not in self._rotations:
+            inverse = torch.from_numpy(rope.inverse_frequencies(self.facts.rotary_dim, tokens))
+            self._rotations[place] = _Rotation(inverse.to(self.device), rope.attention_factor)
+        return self._rotations[place]
 
     def _linear(self, weights: BlockWeights, short: str, x: Tensor) -> Tensor:
         """What a matrix of the block makes of its inputs: [..., columns] -> [..., rows]."""
@@ -253,14 +257,27 @@ def rms_norm(x: Tensor, weight: Tensor, facts: DecoderFacts) -> Tensor:
     return functional.rms_norm(x, weight.shape, weight, facts.norm_eps)
 
 
-def _rotate(x: Tensor, before: int, inverse: Tensor) -> Tensor:
-    """Rotary embedding of halves on [batch, heads, tokens, head_dim], from a position on."""
-    tokens = x.shape[2]
+class _Rotation(NamedTuple):
+    """Frequencies [rotary_dim / 2], and what cosines and sines are multiplied by."""
+
+    frequencies: Tensor
+    factor: float
+
+
+def _rotate(x: Tensor, before: int, rotation: _Rotation) -> Tensor:
+    """Rotary embedding of halves on [batch, heads, tokens, head_dim], from a position on.
+
+    Dimensions behind the rotated ones stay as they are.
+    """
+    tokens, inverse = x.shape[2], rotation.frequencies
     positions = torch.arange(before, before + tokens, dtype=torch.float32, device=x.device)
     angles = torch.outer(positions, inverse)
-    cos, sin = angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)  # [tokens, head_dim]
+    # [tokens, rotary_dim]
+    cos, sin = (part.repeat(1, 2) * rotation.factor for part in (angles.cos(), angles.sin()))
+    x, rest = x[..., : 2 * len(inverse)], x[..., 2 * len(inverse) :]
     low, high = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-high, low), dim=-1) * sin
+    rotated = x * cos + torch.cat((-high, low), dim=-1) * sin
+    return torch.cat((rotated, rest), dim=-1) if rest.shape[-1] else rotated
 
 
 def _mask(tokens: int, before: int, window: int | None, device: torch.device) -> Tensor | None:

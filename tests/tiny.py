@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -52,14 +53,30 @@ FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
         },
     },
+    "phi3": {"model_type": "phi3", "tie_word_embeddings": False, "sliding_window": 16},
+    "phi4_mini": {
+        "model_type": "phi3",
+        "tie_word_embeddings": True,
+        "sliding_window": 4096,  # beyond its context, so it is none
+        "max_position_embeddings": 1024,
+        "original_max_position_embeddings": 256,
+        "partial_rotary_factor": 0.75,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.75,
+            "short_factor": [1.0, 1.1, 1.2, 1.4, 1.7, 2.0],
+            "long_factor": [1.5, 2.5, 4.0, 6.0, 8.0, 9.0],
+        },
+    },
 }
-# Those that every format holds; Gemma 3 is refused by name outside GGUF.
-PLAIN_FAMILIES = [family for family in FAMILY_CONFIGS if family != "gemma3"]
+# Those that every format holds; Gemma 3 is refused by name outside GGUF, Phi-3 too.
+PLAIN_FAMILIES = [f for f in FAMILY_CONFIGS if f not in ("gemma3", "phi3", "phi4_mini")]
+# llama.cpp has no windows in Phi-3: the tiny one's context is longer than its window.
+GGUF_FAMILIES = [family for family in FAMILY_CONFIGS if family != "phi3"]
 EXPORTS = [
-    (family, name)
-    for family in FAMILY_CONFIGS
-    for name in ("gguf", "onnx", "coreml")
-    if name == "gguf" or family in PLAIN_FAMILIES
+    *((family, "gguf") for family in GGUF_FAMILIES),
+    *((family, name) for family in PLAIN_FAMILIES for name in ("onnx", "coreml")),
 ]
 
 
@@ -132,7 +149,8 @@ def write_student(directory: Path, family: str = "llama", seed: int = 0, **chang
         "pad_token_id": 2,
         "hidden_act": "silu",
     }
-    fields |= FAMILY_CONFIGS[family] | changes
+    # transformers fills in what rope_parameters leave out, in the dictionary that it is given.
+    fields |= copy.deepcopy(FAMILY_CONFIGS[family] | changes)
     gemma = fields["model_type"] == "gemma3_text"
     if gemma:
         del fields["hidden_act"]
