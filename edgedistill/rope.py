@@ -13,7 +13,7 @@ from edgedistill.errors import InputError
 
 ORIGINAL_CONTEXT = "original_max_position_embeddings"
 LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", ORIGINAL_CONTEXT)
-SCALINGS = ("linear", "llama3", "longrope")
+SCALINGS = ("linear", "llama3", "yarn", "longrope")
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class Rope:
         """float32 [head_dim / 2]: what each frequency is divided by (GGUF's ``rope_freqs``).
 
         Llama 3.1's rule: https://github.com/meta-llama/llama-models, ``apply_scaling``.
+        YaRN: Peng et al., arXiv 2309.00071, section 3.2.
         LongRoPE: Ding et al., arXiv 2402.13753; which factors when: transformers' Phi-3.
 
         Args:
@@ -65,6 +66,9 @@ class Rope:
         factor = float(self.scaling["factor"])
         if self.scaling["rope_type"] == "linear":
             return np.full(exponents.shape, factor, dtype=np.float32)
+        if self.scaling["rope_type"] == "yarn":
+            kept = 1.0 - _yarn_ramp(self.theta, self.scaling, head_dim)
+            return (1.0 / (kept + (1.0 - kept) / factor)).astype(np.float32)
         wavelengths = 2 * math.pi * self.theta**exponents
         low, high = float(self.scaling["low_freq_factor"]), float(self.scaling["high_freq_factor"])
         turns = float(self.scaling["original_max_position_embeddings"]) / wavelengths
@@ -85,12 +89,13 @@ def read_rope(config: dict[str, Any], where: str) -> Rope:
         KeyError, TypeError, ValueError: a parameter is missing, or of the wrong kind.
     """
     parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    if _kind(parameters) == "longrope":
+    if _kind(parameters) in ("yarn", "longrope"):
         # Where transformers looks for it, first and last.
         most = config["max_position_embeddings"]
         stated = config.get(ORIGINAL_CONTEXT) or parameters.get(ORIGINAL_CONTEXT) or most
         parameters[ORIGINAL_CONTEXT] = stated
-        parameters.setdefault("factor", positive({"factor": most / stated}, "factor"))
+        if _kind(parameters) == "longrope":
+            parameters.setdefault("factor", most / stated)
     return _rope(parameters, config.get("rope_theta", 10000.0), where)
 
 
@@ -134,15 +139,65 @@ def _rope(parameters: dict[str, Any], theta_beside: Any, where: str) -> Rope:
     kind = _kind(parameters)
     if kind == "default":
         return Rope(theta)
+    if kind not in SCALINGS:
+        raise InputError(
+            f"rope_type {kind!r} is not supported yet",
+            where=where,
+            hint=f"scalings that are known: {', '.join(SCALINGS)}",
+        )
+    parameters = parameters | {"rope_type": kind}
     if kind == "longrope":
         return _longrope(theta, parameters)
-    if kind not in SCALINGS:
-        raise InputError(f"rope_type {kind!r} is not supported yet", where=where)
-    keys = ("factor",) if kind == "linear" else LLAMA3_KEYS
-    scaling = {key: positive(parameters, key) for key in keys}
-    if kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
+    for key in LLAMA3_KEYS if kind == "llama3" else ("factor",):
+        positive(parameters, key)
+    if kind == "llama3" and parameters["high_freq_factor"] <= parameters["low_freq_factor"]:
         raise ValueError("high_freq_factor is not above low_freq_factor")
-    return Rope(theta, parameters | {"rope_type": kind})
+    if kind != "yarn":
+        return Rope(theta, parameters)
+    for key, usual in (("beta_fast", 32.0), ("beta_slow", 1.0)):
+        parameters[key] = positive({key: parameters.get(key) or usual}, key)
+    positive(parameters, ORIGINAL_CONTEXT)
+    if theta <= 1.0:
+        raise ValueError(f"rope_theta is {theta!r}, which no YaRN stretches")
+    return Rope(theta, parameters, _yarn_attention_factor(parameters))
+
+
+def _yarn_attention_factor(scaling: dict[str, Any]) -> float:
+    """As stated, or ``0.1 ln(factor) + 1`` (arXiv 2309.00071, section 3.4).
+
+    DeepSeek's two ``mscale`` stand before the logarithm, and their quotient counts.
+    """
+    if scaling.get("attention_factor") is not None:
+        return positive(scaling, "attention_factor")
+
+    def magnitude(weight: float) -> float:
+        return 0.1 * weight * math.log(max(1.0, float(scaling["factor"]))) + 1.0
+
+    keys = ("mscale", "mscale_all_dim")
+    if all(scaling.get(key) for key in keys):
+        over, under = (magnitude(positive(scaling, key)) for key in keys)
+        return over / under
+    return magnitude(1.0)
+
+
+def _yarn_ramp(theta: float, scaling: dict[str, Any], head_dim: int) -> npt.NDArray[np.float64]:
+    """float64 [head_dim / 2]: 0 for frequencies that stay as they are, 1 for interpolated ones.
+
+    The bounds are places among the frequencies, those that turn ``beta_fast`` and ``beta_slow``
+    times within the original context.
+    """
+    context = float(scaling[ORIGINAL_CONTEXT])
+
+    def place(turns: float) -> float:
+        return head_dim * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = place(float(scaling["beta_fast"])), place(float(scaling["beta_slow"]))
+    if scaling.get("truncate", True):
+        low, high = float(math.floor(low)), float(math.ceil(high))
+    low, high = max(low, 0.0), min(high, head_dim - 1.0)
+    span = high - low if high != low else 0.001  # as transformers has it
+    ramp: npt.NDArray[np.float64] = np.clip((np.arange(head_dim // 2) - low) / span, 0.0, 1.0)
+    return ramp
 
 
 def _kind(parameters: dict[str, Any]) -> str:

@@ -108,7 +108,8 @@ class Adapter:
         """What the adapter adds to the tensor ``name``: float64 [out, in]."""
         pair = self.pairs[name]
         a, b = (self._file.read(part).astype(np.float64) for part in (pair.a, pair.b))
-        product: npt.NDArray[np.float64] = (b[pair.rows.start : pair.rows.stop] @ a) * self.scaling(a.shape[0])
+        rows = b[pair.rows.start : pair.rows.stop]
+        product: npt.NDArray[np.float64] = (rows @ a) * self.scaling(a.shape[0])
         return product
 
     def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
