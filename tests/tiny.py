@@ -116,6 +116,11 @@ FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
         },
     },
 }
+# A module of transformers' Phi3Attention and Phi3MLP -> what is in its rows, in their order.
+FUSED_MODULES = {
+    "self_attn.qkv_proj": [f"self_attn.{short}_proj" for short in "qkv"],
+    "mlp.gate_up_proj": ["mlp.gate_proj", "mlp.up_proj"],
+}
 # Those that every format holds; ONNX and Core ML refuse the others by name.
 PLAIN_FAMILIES = ["llama", "llama3", "mistral", "qwen2", "qwen3"]
 # llama.cpp has no windows in Phi-3: the tiny one's context is longer than its window.
@@ -124,6 +129,14 @@ EXPORTS = [
     *((family, "gguf") for family in GGUF_FAMILIES),
     *((family, name) for family in PLAIN_FAMILIES for name in ("onnx", "coreml")),
 ]
+
+
+def parts_of(parameter: str) -> list[str]:
+    """The student's tensors, in order, of which a parameter of transformers has the rows."""
+    for fused, modules in FUSED_MODULES.items():
+        if fused in parameter:
+            return [parameter.replace(fused, module) for module in modules]
+    return [parameter]
 
 
 def write_tokenizer(directory: Path, vocab_size: int = 512) -> None:
