@@ -75,7 +75,7 @@ def _mask(model: object, facts: DecoderFacts, hidden: Places, blocks: list[Block
                 block.self_attn.o_proj.weight[:, columns] = 0
 
 
-# Where heads have to stay as wide as hidden_size / heads: transformers counts LongRoPE's factors so.
+# Whose heads have to stay as wide as hidden_size / heads: so many factors LongRoPE has.
 IN_STEP = ("phi4_mini",)
 
 
