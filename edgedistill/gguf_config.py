@@ -9,7 +9,8 @@ import numpy as np
 from edgedistill.decoder import MOST_LAYERS
 from edgedistill.errors import InputError
 from edgedistill.gguf_file import GgufFile
-from edgedistill.gguf_layout import GEMMA3_27B_LAYERS, ROPE_DIVISORS
+from edgedistill.gguf_layout import ROPE_DIVISORS
+from edgedistill.gguf_limits import WIDE_SCALE_LAYERS
 from edgedistill.gguf_tokenizer import special_id
 from edgedistill.layer_kinds import SLIDING_PATTERN
 from edgedistill.rope import Rope
@@ -155,7 +156,11 @@ def _gemma3_fields(stated: _Stated) -> dict[str, Any]:
         raise InputError(f"gemma3.block_count is {layers}", where=stated.where)
     wide = stated.count("embedding_length") // heads
     # The one of 27B scales its attention in another way.
-    scalar = wide if layers == GEMMA3_27B_LAYERS else stated.count("attention.key_length", wide)
+    scalar = (
+        wide
+        if layers == WIDE_SCALE_LAYERS["gemma3"]
+        else stated.count("attention.key_length", wide)
+    )
     sliding = stated.number("rope.freq_base_swa", 10000.0)
     fields: dict[str, Any] = {
         "query_pre_attn_scalar": scalar,

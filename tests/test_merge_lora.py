@@ -101,7 +101,7 @@ def test_an_adapter_of_fused_modules_is_merged_as_peft_adapts_them(
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    student = tiny("phi3")
+    student = tiny("phi3_sliding")
     stage = MergeLora(adapter=_write_fused_adapter(student, tmp_path / "adapter"))
     assert stage.problems(Student(student).facts, quantized=False) == []
     (merged := tmp_path / "merged").mkdir()
@@ -117,8 +117,8 @@ def test_an_adapter_of_fused_modules_is_merged_as_peft_adapts_them(
 def test_fused_modules_of_another_shape_are_refused_before_any_work(
     tiny: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    adapter = _write_fused_adapter(tiny("phi3"), tmp_path / "adapter")
-    narrow = dataclasses.replace(Student(tiny("phi3")).facts, ffn_size=96)
+    adapter = _write_fused_adapter(tiny("phi3_sliding"), tmp_path / "adapter")
+    narrow = dataclasses.replace(Student(tiny("phi3_sliding")).facts, ffn_size=96)
     (problem,) = MergeLora(adapter=adapter).problems(narrow, False)
     assert "gate_up_proj.weight with 256 rows, the student's has 192" in problem
     (problem,) = MergeLora(adapter=adapter).problems(Student(tiny("llama")).facts, False)

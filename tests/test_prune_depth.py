@@ -47,11 +47,12 @@ def test_the_shallower_student_equals_the_whole_one_with_blocks_skipped(
     del model.model.layers[1]
     for number, layer in enumerate(model.model.layers):
         layer.self_attn.layer_idx = number
-    model.config.num_hidden_layers = 2
+    layers = model.config.num_hidden_layers
+    model.config.num_hidden_layers = layers - 1
     if getattr(model.config, "layer_types", None):
-        model.config.layer_types = [model.config.layer_types[layer] for layer in (0, 2)]
+        del model.config.layer_types[1]
     pruned = load(tmp_path / "out")
-    assert len(pruned.model.layers) == 2
+    assert len(pruned.model.layers) == layers - 1
     ids = random_ids()
     assert torch.equal(logits(pruned, ids), logits(model, ids))
     assert not torch.allclose(logits(pruned, ids), logits(load(whole), ids), atol=0.1)

@@ -274,12 +274,12 @@ def test_heads_of_another_width_than_transformers_counts_are_refused(
 
 def test_what_is_narrowed_of_a_fused_student_is_fused_again(tiny: Tiny, tmp_path: Path) -> None:
     """Heads and channels go out of the middle of fused tensors, part by part."""
-    student = Student(tiny("phi3"))
+    student = Student(tiny("phi3_sliding"))
     after = PruneWidth.model_validate(CHANGES["all"]).facts_after(student.facts)
     hidden, blocks = _random_width(student.facts, after)
     narrow(student, tmp_path, hidden, blocks, after)
     (file,) = tmp_path.glob("*.safetensors")
-    (whole,) = tiny("phi3").glob("*.safetensors")
+    (whole,) = tiny("phi3_sliding").glob("*.safetensors")
     before, stored = load_file(whole), load_file(file)
     assert set(stored) == set(before)
     name = "model.layers.1.mlp.gate_up_proj.weight"

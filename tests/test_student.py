@@ -216,7 +216,7 @@ def _stored(directory: Path) -> dict[str, np.ndarray]:
 
 
 def test_parts_of_a_fused_tensor_are_tensors_of_their_own(tiny: Tiny) -> None:
-    student, stored = Student(tiny("phi3")), _stored(tiny("phi3"))
+    student, stored = Student(tiny("phi3_sliding")), _stored(tiny("phi3_sliding"))
     rows_of = {"q": 64, "k": 32, "v": 32, "gate": 128, "up": 128}
     for module in FUSED_MODULES:
         whole = f"model.layers.1.{module}.weight"
@@ -238,7 +238,7 @@ def test_parts_of_a_fused_tensor_are_tensors_of_their_own(tiny: Tiny) -> None:
 def test_reading_a_part_maps_no_more_than_its_rows(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    student, mapped = Student(tiny("phi3")), list[int]()
+    student, mapped = Student(tiny("phi3_sliding")), list[int]()
 
     def memmap(*args: Any, **kwargs: Any) -> np.ndarray:
         array = real(*args, **kwargs)
@@ -268,7 +268,7 @@ def test_a_fused_student_that_is_quantized_and_dequantized_opens_in_transformers
     import torch
     from transformers import AutoModelForCausalLM
 
-    packed = random_grid_student(tiny("phi3"), tmp_path / "packed", Grid(4, 32, "integer"))
+    packed = random_grid_student(tiny("phi3_sliding"), tmp_path / "packed", Grid(4, 32, "integer"))
     assert not [name for name in _stored(packed) if "qkv_proj" in name or "gate_up" in name]
     (plain := tmp_path / "plain").mkdir()
     dequantize_student(packed, plain)
@@ -280,7 +280,7 @@ def test_a_fused_student_that_is_quantized_and_dequantized_opens_in_transformers
 
 
 def test_float_parts_beside_quantized_ones_are_kept(tiny: Tiny, tmp_path: Path) -> None:
-    source = Student(tiny("phi3"))
+    source = Student(tiny("phi3_sliding"))
     q, k, v = (source.facts.linears(0)[short] for short in "qkv")
     with StudentWriter(tmp_path, source) as writer:
         writer.write(q, random_tensor(Grid(4, 32), 64, 64))
@@ -299,12 +299,12 @@ def test_a_fused_tensor_of_other_rows_or_beside_its_parts_is_refused(
 ) -> None:
     from safetensors.numpy import save_file
 
-    copied = Path(shutil.copytree(tiny("phi3"), tmp_path / "student"))
+    copied = Path(shutil.copytree(tiny("phi3_sliding"), tmp_path / "student"))
     stored, fused = _stored(copied), "model.layers.1.mlp.gate_up_proj.weight"
     file = copied / "model.safetensors"
     save_file(stored | {fused: stored[fused][:-1].copy()}, file, {"format": "pt"})
     with pytest.raises(InputError, match=rf"{fused} of shape \(255, 64\) does not hold the 256"):
         Student(copied)
-    save_file(stored | {Student(tiny("phi3")).facts.linears(1)["up"]: stored[fused]}, file)
+    save_file(stored | {Student(tiny("phi3_sliding")).facts.linears(1)["up"]: stored[fused]}, file)
     with pytest.raises(InputError, match=rf"up_proj.weight beside {fused}"):
         Student(copied)

@@ -66,7 +66,7 @@ FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
     "smollm3": {
         "model_type": "smollm3",
         "tie_word_embeddings": True,
-        "no_rope_layer_interval": 2,  # every second layer is not rotated
+        "num_hidden_layers": 4,  # of which the last is not rotated
     },
     "granite": {
         "model_type": "granite",
@@ -80,10 +80,10 @@ FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
         "model_type": "gemma2",
         "tie_word_embeddings": True,
         "head_dim": 32,
-        "query_pre_attn_scalar": 24,
+        "query_pre_attn_scalar": 32,
         "hidden_activation": "gelu_pytorch_tanh",
         "sliding_window": 16,  # of the first layer, and every second from there
-        "attn_logit_softcapping": 5.0,
+        "attn_logit_softcapping": 2.0,
         "final_logit_softcapping": 8.0,
     },
     "gemma3": {
@@ -99,7 +99,7 @@ FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
         },
     },
-    "phi3": {"model_type": "phi3", "tie_word_embeddings": False, "sliding_window": 16},
+    "phi3_sliding": {"model_type": "phi3", "tie_word_embeddings": False, "sliding_window": 16},
     "phi4_mini": {
         "model_type": "phi3",
         "tie_word_embeddings": True,
@@ -123,11 +123,13 @@ FUSED_MODULES = {
 }
 # Those that every format holds; ONNX and Core ML refuse the others by name.
 PLAIN_FAMILIES = ["llama", "llama3", "mistral", "qwen2", "qwen3"]
-# llama.cpp has no windows in Phi-3: the tiny one's context is longer than its window.
-GGUF_FAMILIES = [family for family in FAMILY_CONFIGS if family != "phi3"]
+# Those that llama.cpp runs: its architectures of Mistral, Qwen and Phi-3 have no sliding windows.
+GGUF_FAMILIES = [family for family in FAMILY_CONFIGS if not family.endswith("_sliding")]
 EXPORTS = [
-    *((family, "gguf") for family in GGUF_FAMILIES),
-    *((family, name) for family in PLAIN_FAMILIES for name in ("onnx", "coreml")),
+    (family, name)
+    for family in FAMILY_CONFIGS
+    for name in ("gguf", "onnx", "coreml")
+    if family in (GGUF_FAMILIES if name == "gguf" else PLAIN_FAMILIES)
 ]
 
 
