@@ -37,6 +37,11 @@ MODELS: dict[str, dict[str, Any]] = {
         "model_type": "gemma3_text",
         "hidden_activation": "gelu_pytorch_tanh",
     },
+    "phi3": {
+        "architectures": ["Phi3ForCausalLM"],
+        "model_type": "phi3",
+        "hidden_act": "silu",
+    },
 }
 # The bands of Llama 3.1 and 3.2 (their config.json); a GGUF keeps only the divisors they give.
 LLAMA3_BANDS = {

@@ -136,7 +136,11 @@ LONGROPE: dict[str, Any] = {
     [
         # sqrt(1 + ln(16) / ln(64)), as the context is 16 times the original
         ("phi4_mini", {"original_max_position_embeddings": 64}, 1.2909944487358056),
-        ("phi3_sliding", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 64}, None),
+        (
+            "phi3_sliding",
+            {"rope_parameters": LONGROPE, "original_max_position_embeddings": 64},
+            None,
+        ),
         ("phi3_sliding", {"rope_parameters": LONGROPE | {"attention_factor": 1.3}}, 1.3),
         ("llama", {"rope_parameters": LONGROPE | {"original_max_position_embeddings": 64}}, None),
     ],
