@@ -404,8 +404,8 @@ def _attention(family: _Family, config: dict[str, Any], layers: int, where: str)
     slides = family.windows(config, layers) if family.windows else []
     if any(slides):
         window = _size({"sliding_window": config.get("sliding_window") or 0}, "sliding_window")
-        # One that the context does not outgrow is none, but for the rotation that goes with it.
-        if sliding is not None or window < _size(config, "max_position_embeddings"):
+        # One of all layers that the context does not outgrow is none.
+        if not all(slides) or window < _size(config, "max_position_embeddings"):
             found |= {"sliding_layers": tuple(slides), "sliding_rope": sliding}
             found["window_tokens"] = window
     bare = family.unrotated(config, layers) if family.unrotated else []

@@ -5,9 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from edgedistill.decoder import DecoderFacts
 from edgedistill.errors import InputError
 from edgedistill.gguf_config import gguf_config, special_ids

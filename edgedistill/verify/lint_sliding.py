@@ -20,6 +20,8 @@ def sliding_checks(stated: Stated, config: Any) -> list[Check]:
     slides = _slides(config)
     if stated.sliding_layers is None or not (any(slides) or any(stated.sliding_layers)):
         return []
+    if not any(stated.sliding_layers) and config.sliding_window >= _context(stated, config):
+        return []  # a window that no text outgrows is none
     expected = int(config.sliding_window) if any(slides) else None
     found = [_same("sliding window", expected, stated.window_tokens)]
     found.append(_same("sliding layers", _layers(slides), _layers(stated.sliding_layers)))
@@ -42,6 +44,11 @@ def _slides(config: Any) -> tuple[bool, ...]:
         return tuple(kind == "sliding_attention" for kind in config.layer_types or [])
     window = config.sliding_window if hasattr(type(config), "sliding_window") else None
     return (window is not None,) * int(config.num_hidden_layers)
+
+
+def _context(stated: Stated, config: Any) -> int:
+    longest = int(config.max_position_embeddings)
+    return longest if stated.context_tokens is None else min(stated.context_tokens, longest)
 
 
 def _layers(slides: tuple[bool, ...]) -> str:
