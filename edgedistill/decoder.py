@@ -405,7 +405,8 @@ def _attention(family: _Family, config: dict[str, Any], layers: int, where: str)
     if any(slides):
         window = _size({"sliding_window": config.get("sliding_window") or 0}, "sliding_window")
         # One of all layers that the context does not outgrow is none.
-        if not all(slides) or window < _size(config, "max_position_embeddings"):
+        outgrown = window < _size(config, "max_position_embeddings")
+        if outgrown or sliding is not None or not all(slides):
             found |= {"sliding_layers": tuple(slides), "sliding_rope": sliding}
             found["window_tokens"] = window
     bare = family.unrotated(config, layers) if family.unrotated else []

@@ -351,6 +351,10 @@ def test_gemmas_config_of_transformers_4_and_5_is_the_same_fact(
     older |= {"rope_theta": 10000.0, "rope_local_base_freq": 500.0, "sliding_window_pattern": 2}
     assert DecoderFacts.from_config(older) == DecoderFacts.from_config(config)
     # What a config may leave out, transformers fills in; every sixth layer attends to all.
+    wide = DecoderFacts.from_config(
+        config | {"layer_types": ["sliding_attention"] * 3, "sliding_window": 256}
+    )
+    assert wide.rope_of(0) == Rope(500.0)  # though the window is none
     bare = {k: v for k, v in older.items() if not k.startswith(("rope_", "sliding_window_p"))}
     facts = DecoderFacts.from_config(bare | {"num_hidden_layers": 7})
     assert facts.sliding_layers == (True,) * 5 + (False, True)
