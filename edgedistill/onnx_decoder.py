@@ -35,16 +35,9 @@ def write_decoder(graph: OnnxGraph, student: Student, context_tokens: int) -> No
     Weights are read, written and dropped one by one, in the order of their use.
 
     Raises:
-        InputError: a tensor is missing, its shape is not what the config says, or the model was
-            not made for ``context_tokens``.
+        InputError: a tensor is missing, or its shape is not what the config says.
     """
     facts = student.facts
-    if context_tokens > facts.max_context_tokens:
-        raise InputError(
-            f"context_tokens {context_tokens} is more than the model's own "
-            f"{facts.max_context_tokens}",
-            where=str(student.path / "config.json"),
-        )
     for name, shape in facts.tensor_shapes().items():
         if student.shape(name) != shape:
             raise InputError(
@@ -229,8 +222,10 @@ class _Decoder:
         """Cosines and sines, float32 [context_tokens, rotary_dim / 2], their factor in them."""
         names = ROPE_TABLES if rope == self._facts.rope else SLIDING_ROPE_TABLES
         if names[0] not in self._graph:
-            positions = np.arange(self._context_tokens, dtype=np.float32)
-            angles = np.outer(positions, rope.inverse_frequencies(self._facts.rotary_dim))
+            tokens = self._context_tokens
+            frequencies = rope.inverse_frequencies(self._facts.rotary_dim, tokens)
+            positions = np.arange(tokens, dtype=np.float32)
+            angles = np.outer(positions, frequencies)
             factor = np.float32(rope.attention_factor)
             for name, table in zip(names, (np.cos(angles), np.sin(angles)), strict=True):
                 self._graph.weight(name, table * factor)

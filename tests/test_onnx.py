@@ -20,7 +20,7 @@ from edgedistill.onnx_package import end_tokens
 from edgedistill.quantized import Grid
 from edgedistill.stages.quantize_rtn import GridChoice, QuantizeRtn
 from edgedistill.student import Student
-from tests.tiny import FAMILY_CONFIGS, write_student
+from tests.tiny import ONNX_FAMILIES, write_student
 
 CONTEXT_TOKENS = 256
 GRIDS = [
@@ -81,7 +81,7 @@ def test_every_quantized_tensor_comes_back_bit_by_bit(
         assert np.array_equal(zeros, tensor.zero_points())
 
 
-@pytest.mark.parametrize("family", FAMILY_CONFIGS)
+@pytest.mark.parametrize("family", ONNX_FAMILIES)
 def test_float_tensors_are_stored_exactly(
     tiny: Callable[[str], Path], tmp_path: Path, family: str
 ) -> None:
@@ -113,7 +113,7 @@ def test_weight_bytes_are_those_of_the_record_and_a_tied_matrix_counts_once(
     assert (artifact / "model.onnx.data").stat().st_size <= expected + tables + padding
 
 
-@pytest.mark.parametrize("family", FAMILY_CONFIGS)
+@pytest.mark.parametrize("family", ONNX_FAMILIES)
 def test_float_artifact_stores_four_bytes_a_parameter(
     tiny: Callable[[str], Path], tmp_path: Path, family: str
 ) -> None:
@@ -254,7 +254,7 @@ def generate_by_genai(artifact: Path, ids: list[int], length: int) -> list[int]:
     return [int(token) for token in generator.get_sequence(0)]
 
 
-@pytest.mark.parametrize("family", FAMILY_CONFIGS)
+@pytest.mark.parametrize("family", ONNX_FAMILIES)
 def test_genai_generates_the_tokens_of_transformers(
     tiny: Callable[[str], Path], tmp_path: Path, family: str
 ) -> None:

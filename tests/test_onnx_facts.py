@@ -12,6 +12,7 @@ import onnx
 import pytest
 
 from edgedistill.decoder import DecoderFacts
+from edgedistill.errors import InputError
 from edgedistill.exporters.onnx import Onnx
 from edgedistill.rope import Rope
 from edgedistill.session import Logits
@@ -71,7 +72,7 @@ FACTS: dict[str, list[dict[str, Any]]] = {
         {"attention_softcap": None},
         {"logits_softcap": None},
     ],
-    "smollm3": [{"unrotated_layers": ()}, {"unrotated_layers": (True, False, True)}],
+    "smollm3": [{"unrotated_layers": ()}, {"unrotated_layers": (True,) * 8}],
     "granite": [
         {"attention_scale": None},
         {"embedding_multiplier": 1.0},
@@ -133,36 +134,43 @@ def test_lint_names_a_wrong_fact(
     assert failed <= {f"lint: {name}"} | (beside if name == "sliding window" else set())
 
 
-def test_heads_that_are_rotated_in_part_are_those_of_transformers(tmp_path: Path) -> None:
-    """Judged by Phi-3, whose projections are those of a Llama laid together."""
-    import torch
-    from transformers import Phi3Config, Phi3ForCausalLM
+# As in Phi-4-mini, in the multiples of 16 that the operator takes: 48 of 64 dimensions.
+PARTLY_ROTATED: dict[str, Any] = {
+    "hidden_size": 128,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.75,
+        "short_factor": np.linspace(1.0, 2.0, 24).tolist(),
+        "long_factor": np.linspace(1.5, 9.0, 24).tolist(),
+    },
+}
 
-    student = write_student(tmp_path / "s", "llama3", rope_parameters={"rope_type": "default"})
-    theirs = {
-        key: value
-        for key, value in Student(student).config.items()
-        if key not in ("model_type", "architectures", "rope_parameters", "attention_bias")
-    }
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
-    model = Phi3ForCausalLM(Phi3Config(**theirs, rope_parameters=rope)).eval()
-    model.load_state_dict(_fused(Student(student)))
-    with torch.no_grad():
-        expected = model(torch.tensor([IDS])).logits[0].numpy()
-    artifact = export_with(student, tmp_path / "o", rotated_dims=16)
+
+def test_heads_are_rotated_in_part_and_by_short_factors(tmp_path: Path) -> None:
+    student = write_student(tmp_path / "s", "phi4_mini", **PARTLY_ROTATED)
+    facts = Student(student).facts
+    assert facts.rotary_dim == 48
+    expected = judge(student)
+    artifact = export(student, tmp_path / "o")
     assert divergence(expected, streamed(artifact)) <= 1e-8
+    checks = lint_artifact(artifact, "onnx", student, context_tokens=CONTEXT_TOKENS)
+    assert [check for check in checks if not check.passed] == []
+    for name, changes in {
+        "all": {"rotated_dims": None, "rope": Rope(10000.0)},
+        "unscaled": {"rope": Rope(10000.0)},
+        "small": {"rope": replace(facts.rope, attention_factor=1.0)},
+    }.items():
+        wrong = export_with(student, tmp_path / name, **changes)
+        assert divergence(expected, streamed(wrong)) > SEEN
 
 
-def _fused(student: Student) -> dict[str, Any]:
-    import torch
-
-    tensors = {name: torch.from_numpy(student.read(name)) for name in student.names()}
-    for layer in range(student.facts.layers):
-        names = student.facts.linears(layer)
-        for fused, parts in (("self_attn.qkv_proj", "qkv"), ("mlp.gate_up_proj", ("gate", "up"))):
-            rows = [tensors.pop(names[part]) for part in parts]
-            tensors[f"model.layers.{layer}.{fused}.weight"] = torch.cat(rows)
-    return tensors
+def test_a_context_that_needs_long_factors_is_refused(tmp_path: Path) -> None:
+    student = write_student(tmp_path / "s", "phi4_mini", **PARTLY_ROTATED)
+    with pytest.raises(InputError, match=r"257 is more than the 256 tokens that LongRoPE's"):
+        Onnx().export(Student(student), tmp_path, context_tokens=257)
 
 
 def test_layers_share_a_table_for_each_base(tiny: Tiny, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from edgedistill.runtimes.onnx_runtime import OnnxRuntime
 from edgedistill.session import Logits, Session
 from edgedistill.student import dequantize_student
 from tests.test_onnx import CONTEXT_TOKENS, GRIDS, export, quantize
-from tests.tiny import FAMILY_CONFIGS, write_student
+from tests.tiny import ONNX_FAMILIES, write_student
 
 IDS: list[int] = np.random.default_rng(1).integers(0, 512, 201).tolist()  # two chunks, odd
 
@@ -57,7 +57,7 @@ def artifact(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFacto
     return export(tiny("llama"), tmp_path_factory.mktemp("onnx") / "float")
 
 
-@pytest.mark.parametrize("family", FAMILY_CONFIGS)
+@pytest.mark.parametrize("family", ONNX_FAMILIES)
 def test_float_logits_are_those_of_transformers(
     tiny: Callable[[str], Path], tmp_path: Path, family: str
 ) -> None:
@@ -113,7 +113,7 @@ def test_quantized_logits_are_those_of_the_dequantized_copy(
     assert 1e-8 < divergence(expected, shipped) <= 0.2
 
 
-@pytest.mark.parametrize("family", FAMILY_CONFIGS)
+@pytest.mark.parametrize("family", ONNX_FAMILIES)
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_every_family_is_right_on_a_4_bit_grid(tmp_path: Path, family: str, tied: bool) -> None:
     student = write_student(tmp_path / "s", family, tie_word_embeddings=tied)

@@ -12,13 +12,12 @@ import numpy as np
 import pytest
 
 from edgedistill.errors import InputError
-from edgedistill.gguf_layout import tensor_name
+from edgedistill.gguf_layout import checkpoint_names, tensor_name
 from edgedistill.plugins import load_plugin
 from edgedistill.quantized import Grid
 from edgedistill.results import Check
 from edgedistill.student import Student, StudentWriter
 from edgedistill.verify.lint import lint_artifact
-from edgedistill.verify.lint_gguf import checkpoint_name
 from edgedistill.verify.side_files import read_ends
 from edgedistill.verify.stated import table_frequencies, theta_and_divisors
 from tests.artifact_tensors import OnnxTensors, edited_graph
@@ -57,6 +56,7 @@ def failed(checks: list[Check]) -> set[str]:
 
 
 SLIDING_LAST = ["full_attention"] * 2 + ["sliding_attention"]
+SHORTER = FAMILY_CONFIGS["phi4_mini"]["rope_parameters"] | {"short_factor": [1.0] * 6}
 YARN = FAMILY_CONFIGS["qwen2_yarn"]["rope_parameters"]
 
 
@@ -72,6 +72,7 @@ OWN_CHECKS = {
     "mistral_sliding": WINDOWS,
     "qwen2_yarn": {"RoPE magnitude"},
     "qwen3_sliding": WINDOWS,
+    "phi4_mini": {"RoPE magnitude"},
     "smollm3": {"layers without rotation"},
     "granite": {"attention scale", "embedding scale", "residual scale", "divisor of logits"},
     "gemma2": WINDOWS | {"embedding scale", "soft cap of attention", "soft cap of logits"},
@@ -302,6 +303,7 @@ def test_a_changed_number_of_a_gguf_is_named(
         ("qwen2_yarn", "qwen2.rope.scaling.original_context_length", 256, "RoPE scaling"),
         ("qwen2_yarn", "qwen2.rope.scaling.attn_factor", 1.1, "RoPE magnitude"),
         ("qwen2_yarn", "qwen2.rope.freq_base", 500.0, "RoPE theta"),
+        ("phi4_mini", "phi3.rope.scaling.attn_factor", 1.0, "RoPE magnitude"),
         ("granite", "granite.attention.scale", 0.5, "attention scale"),
         ("granite", "granite.attention.scale", 0.0, "attention scale"),
         ("granite", "granite.embedding_scale", 1.0, "embedding scale"),
@@ -334,6 +336,8 @@ def test_a_changed_number_of_a_family_is_named(
         ),
         ("smollm3", {"no_rope_layers": [1, 0, 1, 1]}, {"layers without rotation"}),
         ("llama", {"rope_parameters": YARN}, {"RoPE scaling", "RoPE magnitude"}),
+        ("phi4_mini", {"rope_parameters": SHORTER}, {"RoPE scaling"}),
+        ("phi4_mini", {"sliding_window": 95}, {"sliding window", "sliding layers"}),
         ("gemma3", {"final_logit_softcapping": 8.0}, {"soft cap of logits"}),
         ("gemma3", {"query_pre_attn_scalar": 16}, {"attention scale"}),
     ],
@@ -394,7 +398,7 @@ def test_names_of_a_gguf_are_the_packages_own(tiny: Tiny, family: str) -> None:
     for name in facts.tensor_shapes():
         there = str(names.get_name(name, try_suffixes=(".weight", ".bias")))
         assert tensor_name(facts, name) == there
-        assert checkpoint_name(there, family) == name
+        assert checkpoint_names(there, family) == [name]
 
 
 @pytest.mark.parametrize("format_name", ["gguf", "onnx"])

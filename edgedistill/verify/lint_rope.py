@@ -12,12 +12,14 @@ from edgedistill.verify.stated import Stated
 
 
 def expected_rope(config: Any) -> tuple[float, np.ndarray]:
-    """(theta, float64 [head_dim / 2] of divisors), by the code that ``transformers`` runs.
+    """(theta, float64 [rotary_dim / 2] of divisors), by the code that ``transformers`` runs.
 
-    Of a decoder with sliding layers those of the layers that attend to all.
+    Of a decoder with sliding layers those of the layers that attend to all, of LongRoPE the short
+    ones.
     """
     from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+    from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
     parameters = config.rope_parameters
     if "full_attention" in parameters:
@@ -25,7 +27,9 @@ def expected_rope(config: Any) -> tuple[float, np.ndarray]:
         frequencies = Gemma3RotaryEmbedding(config).full_attention_inv_freq.double().numpy()
     else:
         theta = float(parameters["rope_theta"])
-        frequencies = LlamaRotaryEmbedding(config).inv_freq.double().numpy()
+        # Its own: it rotates a part of a head.
+        kind = Phi3RotaryEmbedding if config.model_type == "phi3" else LlamaRotaryEmbedding
+        frequencies = kind(config).inv_freq.double().numpy()
     count = len(frequencies)
     return theta, theta ** (-np.arange(count) / count) / frequencies
 

@@ -21,6 +21,8 @@ def sliding_checks(stated: Stated, config: Any) -> list[Check]:
     slides = _slides(config)
     if stated.sliding_layers is None or not (any(slides) or any(stated.sliding_layers)):
         return []
+    if not any(stated.sliding_layers) and config.sliding_window >= _context(stated, config):
+        return []  # a window that no text outgrows is none
     expected = int(config.sliding_window) if any(slides) else None
     pairs = {
         "sliding window": (expected, stated.window_tokens),
@@ -38,6 +40,11 @@ def _slides(config: Any) -> tuple[bool, ...]:
         return tuple(kind == "sliding_attention" for kind in config.layer_types or [])
     window = config.sliding_window if hasattr(type(config), "sliding_window") else None
     return (window is not None,) * int(config.num_hidden_layers)
+
+
+def _context(stated: Stated, config: Any) -> int:
+    longest = int(config.max_position_embeddings)
+    return longest if stated.context_tokens is None else min(stated.context_tokens, longest)
 
 
 def _theta(stated: Stated, parameters: dict[str, Any]) -> list[Check]:
