@@ -72,6 +72,7 @@ OWN_CHECKS = {
     "mistral_sliding": WINDOWS,
     "qwen2_yarn": {"RoPE magnitude"},
     "qwen3_sliding": WINDOWS,
+    "phi3_sliding": WINDOWS,
     "phi4_mini": {"RoPE magnitude"},
     "smollm3": {"layers without rotation"},
     "granite": {"attention scale", "embedding scale", "residual scale", "divisor of logits"},
