@@ -47,6 +47,7 @@ class Onnx(Exporter):
             UnavailableError: the ``onnx`` package is not installed.
         """
         self.refuse_misfit(student)
+        self.refuse_context(student, context_tokens)
         for name, grid in student.grids.items():
             if not self.holds(grid):
                 raise InputError(
