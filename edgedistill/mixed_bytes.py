@@ -52,7 +52,7 @@ class MixedBytes:
     @cached_property
     def alike(self) -> dict[str, tuple[str, ...]]:
         """Matrix -> those that one of the formats wants on its grid too, itself among them."""
-        found = {name: (name,) for name in self.matrices}
+        found: dict[str, tuple[str, ...]] = {name: (name,) for name in self.matrices}
         for exporter in self._exporters:
             for together in exporter.alike(self._facts):
                 found |= dict.fromkeys(together, together)

@@ -158,11 +158,12 @@ def test_heads_are_rotated_in_part_and_by_short_factors(tmp_path: Path) -> None:
     assert divergence(expected, streamed(artifact)) <= 1e-8
     checks = lint_artifact(artifact, "onnx", student, context_tokens=CONTEXT_TOKENS)
     assert [check for check in checks if not check.passed] == []
-    for name, changes in {
+    wrong_facts: dict[str, dict[str, Any]] = {
         "all": {"rotated_dims": None, "rope": Rope(10000.0)},
         "unscaled": {"rope": Rope(10000.0)},
         "small": {"rope": replace(facts.rope, attention_factor=1.0)},
-    }.items():
+    }
+    for name, changes in wrong_facts.items():
         wrong = export_with(student, tmp_path / name, **changes)
         assert divergence(expected, streamed(wrong)) > SEEN
 

@@ -209,7 +209,7 @@ def test_grids_stand_beside_the_weights(tiny: Tiny, tmp_path: Path) -> None:
 def _stored(directory: Path) -> dict[str, np.ndarray]:
     from safetensors.numpy import load_file
 
-    stored = {}
+    stored: dict[str, np.ndarray] = {}
     for file in directory.glob("*.safetensors"):
         stored |= load_file(file)
     return stored

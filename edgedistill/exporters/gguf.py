@@ -23,6 +23,7 @@ from edgedistill.gguf_layout import (
     ARCHITECTURES,
     LONG_DIVISORS,
     ROPE_DIVISORS,
+    ROPE_TENSORS,
     SHORT_DIVISORS,
     file_shape,
     file_tensors,
@@ -113,9 +114,9 @@ class Gguf(Exporter):
             writer.close()
 
     def weight_bytes(self, artifact: Path) -> int:
-        """Bytes of all tensors, without padding, metadata and tokenizer."""
-        tensors = GgufFile(artifact / WEIGHTS_FILE).tensors.values()
-        return sum(tensor.size_bytes for tensor in tensors)
+        """Bytes of all tensors, without rotary factors, padding, metadata and tokenizer."""
+        tensors = GgufFile(artifact / WEIGHTS_FILE).tensors
+        return sum(t.size_bytes for name, t in tensors.items() if name not in ROPE_TENSORS)
 
 
 def _layout(student: Student, name: str, shape: tuple[int, ...]) -> BlockLayout:
