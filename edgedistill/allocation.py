@@ -36,13 +36,16 @@ def allocate(
     Raises:
         ValueError: the target is below ``sizes.least``.
     """
-    options = {name: _options(name, sizes, losses) for name, losses in damage.items()}
+    groups = dict.fromkeys(sizes.alike[name] for name in damage)
+    options = {names: _together(names, sizes, damage) for names in groups}
     picked = choose(
         [np.array([o.stored_bytes for o in of], dtype=np.int64) for of in options.values()],
         [np.array([o.loss for o in of], dtype=np.float64) for of in options.values()],
         target_bytes - sizes.float_bytes,
     )
-    return {name: of[index].grid for (name, of), index in zip(options.items(), picked, strict=True)}
+    chosen = zip(options.items(), picked, strict=True)
+    found = {name: of[index].grid for (names, of), index in chosen for name in names}
+    return {name: found[name] for name in damage}
 
 
 def describe_allocation(
@@ -83,6 +86,22 @@ def describe_allocation(
 
 def _options(name: str, sizes: MixedBytes, losses: Mapping[Grid, float]) -> list[Option]:
     return [Option(grid, sizes.of(name, grid), loss) for grid, loss in losses.items()]
+
+
+def _together(
+    names: tuple[str, ...], sizes: MixedBytes, damage: Mapping[str, Mapping[Grid, float]]
+) -> list[Option]:
+    """Of matrices that lie on one grid, as of one."""
+    each = [{o.grid: o for o in _options(name, sizes, damage[name])} for name in names]
+    return [
+        Option(
+            grid,
+            sum(options[grid].stored_bytes for options in each),
+            sum(options[grid].loss for options in each),
+        )
+        for grid in each[0]
+        if all(grid in options for options in each)
+    ]
 
 
 def _step_up(own: Option, options: list[Option]) -> StepUp | None:

@@ -21,6 +21,7 @@ from edgedistill.layer_kinds import (
     unrotated_ones,
 )
 from edgedistill.rope import Rope, positive, read_layered_ropes, read_rope
+from edgedistill.unknown_family import missing_facts
 
 Activation = Literal["silu", "gelu_tanh"]
 
@@ -40,6 +41,9 @@ class _Family:
         numbers: other facts -> what its config calls them; what is null there is left out.
         activation_key: where the config names the activation, and ``activation`` its default.
         defaults: of keys that its config may leave out, those of its class in transformers.
+        partly_rotated: whether its config may rotate a share of a head alone.
+        rope_types: scalings of the rotary embedding that it has in transformers; empty: any.
+        fused: as ``fused_modules`` of :class:`DecoderFacts`.
     """
 
     attention_bias: bool = False
@@ -57,6 +61,9 @@ class _Family:
     activation_key: str = "hidden_act"
     activation: str = "silu"
     defaults: dict[str, Any] = field(default_factory=dict)
+    partly_rotated: bool = False
+    rope_types: tuple[str, ...] = ()
+    fused: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 _GEMMA = _Family(
@@ -126,6 +133,14 @@ FAMILIES: dict[str, _Family] = {
         # Not that of attention, which transformers itself leaves out unless it runs "eager".
         numbers={"logits_softcap": "final_logit_softcapping"},
     ),
+    "phi3": _Family(
+        windows=all_layers,
+        partly_rotated=True,
+        rope_types=("longrope",),
+        # Of transformers' Phi3Config, which looks for it there first.
+        defaults={"original_max_position_embeddings": 4096},
+        fused={"self_attn.qkv_proj": ("q", "k", "v"), "mlp.gate_up_proj": ("gate", "up")},
+    ),
 }
 ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
@@ -159,6 +174,8 @@ class DecoderFacts:
         embedding_multiplier, residual_multiplier: of embeddings, and of what a half block adds to
             the stream.
         logits_divisor: what logits are divided by.
+        fused_modules: of a block, those that a checkpoint stores one on top of the other: the
+            module's name there -> what is in its rows, in their order, by short names.
     """
 
     family: str
@@ -191,6 +208,7 @@ class DecoderFacts:
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
     logits_divisor: float = 1.0
+    fused_modules: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def parameters(self) -> int:
@@ -279,6 +297,20 @@ class DecoderFacts:
         short = ("qkv" if self.attention_bias else "") + ("o" if self.output_bias else "")
         return {n: f"model.layers.{layer}.self_attn.{n}_proj.bias" for n in short}
 
+    def fused_tensors(self) -> dict[str, dict[str, int]]:
+        """Each tensor that a checkpoint stores fused -> its parts' names and rows, in their order.
+
+        Everywhere else the parts are tensors of their own, as in the other families.
+        """
+        shapes, found = self.tensor_shapes(), dict[str, dict[str, int]]()
+        for layer in range(self.layers):
+            for module, shorts in self.fused_modules.items():
+                for kind, names in ("weight", self.linears(layer)), ("bias", self.biases(layer)):
+                    if set(shorts) <= set(names):
+                        parts = {names[short]: shapes[names[short]][0] for short in shorts}
+                        found[f"model.layers.{layer}.{module}.{kind}"] = parts
+        return found
+
     def matrices(self) -> list[str]:
         """All matrices, in the order of their use: embedding, linears, head if it is its own."""
         inner = [name for layer in range(self.layers) for name in self.linears(layer).values()]
@@ -310,8 +342,10 @@ class DecoderFacts:
         """
         kind = str(config.get("model_type"))
         if kind not in FAMILIES:
+            missing = missing_facts(config)
+            lacks = f": it has {', '.join(missing)}" if missing else ""
             raise InputError(
-                f"model_type {kind!r} is not a family that edgedistill knows",
+                f"model_type {kind!r} is not a family that edgedistill knows{lacks}",
                 where=where,
                 hint=f"known families: {', '.join(FAMILIES)}",
             )
@@ -335,7 +369,7 @@ class DecoderFacts:
             raise ValueError(f"{heads} heads share {kv_heads} key heads of {head_dim}")
         bias = family.optional_bias and bool(config.get("attention_bias"))
         layers = _size(config, "num_hidden_layers", most=MOST_LAYERS)
-        return cls(
+        facts = cls(
             family=kind,
             layers=layers,
             hidden_size=hidden,
@@ -354,9 +388,13 @@ class DecoderFacts:
             norm_offset=family.norm_offset,
             post_norms=family.post_norms,
             scaled_embedding=family.scaled_embedding,
+            fused_modules=family.fused,
             **_attention(family, config, layers, where),
+            **_rotated(family, config, head_dim),
             **_numbers(family, config),
         )
+        _check_scaling(family, facts, where)
+        return facts
 
 
 def _attention(family: _Family, config: dict[str, Any], layers: int, where: str) -> dict[str, Any]:
@@ -368,9 +406,12 @@ def _attention(family: _Family, config: dict[str, Any], layers: int, where: str)
         found["rope"], sliding = read_rope(config, where), None
     slides = family.windows(config, layers) if family.windows else []
     if any(slides):
-        window = {"sliding_window": config.get("sliding_window") or 0}
-        found |= {"sliding_layers": tuple(slides), "sliding_rope": sliding}
-        found["window_tokens"] = _size(window, "sliding_window")
+        window = _size({"sliding_window": config.get("sliding_window") or 0}, "sliding_window")
+        # One of all layers that the context does not outgrow is none.
+        outgrown = window < _size(config, "max_position_embeddings")
+        if outgrown or sliding is not None or not all(slides):
+            found |= {"sliding_layers": tuple(slides), "sliding_rope": sliding}
+            found["window_tokens"] = window
     bare = family.unrotated(config, layers) if family.unrotated else []
     if any(bare):
         found["unrotated_layers"] = tuple(bare)
@@ -384,6 +425,33 @@ def _numbers(family: _Family, config: dict[str, Any]) -> dict[str, Any]:
     if family.scalar_key:
         found["attention_scale"] = positive(config, family.scalar_key) ** -0.5
     return found
+
+
+def _rotated(family: _Family, config: dict[str, Any], head_dim: int) -> dict[str, Any]:
+    """How many dimensions of a head are rotated, where those are not all."""
+    if not family.partly_rotated:
+        return {}
+    stated = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    share = positive({"partial_rotary_factor": 1.0} | config | stated, "partial_rotary_factor")
+    rotated = int(head_dim * share)
+    if not 2 <= rotated <= head_dim or rotated % 2:
+        raise ValueError(f"partial_rotary_factor {share} rotates {rotated} of {head_dim}")
+    return {} if rotated == head_dim else {"rotated_dims": rotated}
+
+
+def _check_scaling(family: _Family, facts: DecoderFacts, where: str) -> None:
+    """The scaling is one of the family's, with a factor for every frequency."""
+    scaling = facts.rope.scaling
+    if scaling is None:
+        return
+    if family.rope_types and scaling["rope_type"] not in family.rope_types:
+        raise InputError(
+            f"rope_type {scaling['rope_type']!r} of {facts.family} is not supported", where=where
+        )
+    for key in ("short_factor", "long_factor"):
+        if len(scaling.get(key, ())) not in (0, facts.rotary_dim // 2):
+            count = len(scaling[key])
+            raise ValueError(f"{key} has {count} numbers for {facts.rotary_dim} rotated dimensions")
 
 
 def _activation(family: _Family, config: dict[str, Any], where: str) -> Activation:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from edgedistill.decoder import DecoderFacts
+from edgedistill.rope import Rope
 from edgedistill.student import Student
 
 Watch = Callable[[str, Tensor], None]
@@ -97,7 +98,7 @@ class DecoderForward:
         self.student = student
         self.facts = student.facts
         self.device = device
-        self._rotations = [self._rotation(layer) for layer in range(self.facts.layers)]
+        self._rotations: dict[tuple[int, bool], _Rotation] = {}
 
     def logits(self, ids: Tensor) -> Tensor:
         """int64 [batch, tokens] -> float32 [batch, tokens, vocab]."""
@@ -202,8 +203,9 @@ class DecoderForward:
         if self.facts.qk_norm:
             q, k = self._norm(q, weights.norms["q"]), self._norm(k, weights.norms["k"])
         before = 0 if past is None else past.tokens
-        rotation = self._rotations[weights.layer]
-        if rotation is not None:
+        rope = self.facts.rope_of(weights.layer)
+        if rope is not None:
+            rotation = self._rotation(weights.layer, rope, before + tokens)
             q, k = _rotate(q, before, rotation), _rotate(k, before, rotation)
         if past is not None:
             k, v = past.add(k, v)
@@ -211,13 +213,14 @@ class DecoderForward:
         attended = attend(q, k, v, mask, self.facts)
         return attended.transpose(1, 2).reshape(batch, tokens, -1)
 
-    def _rotation(self, layer: int) -> _Rotation | None:
-        """By which the heads of a layer are rotated; None where they are not."""
-        rope = self.facts.rope_of(layer)
-        if rope is None:
-            return None
-        inverse = torch.from_numpy(rope.inverse_frequencies(self.facts.rotary_dim))
-        return _Rotation(inverse.to(self.device), rope.attention_factor)
+    def _rotation(self, layer: int, rope: Rope, tokens: int) -> _Rotation:
+        """By which a layer's heads are rotated in a text of so many tokens."""
+        short = rope.short_text_tokens
+        place = layer, short is not None and tokens > short
+        if place not in self._rotations:
+            inverse = torch.from_numpy(rope.inverse_frequencies(self.facts.rotary_dim, tokens))
+            self._rotations[place] = _Rotation(inverse.to(self.device), rope.attention_factor)
+        return self._rotations[place]
 
     def _linear(self, weights: BlockWeights, short: str, x: Tensor) -> Tensor:
         """What a matrix of the block makes of its inputs: [..., columns] -> [..., rows]."""

@@ -31,6 +31,21 @@ class Exporter(ABC):
         """What of such a decoder the format cannot carry, known before any work."""
         return []
 
+    def context_limit(self, facts: DecoderFacts) -> tuple[int, str]:
+        """(the most tokens that an artifact can claim, in words what ends it).
+
+        Up to there it computes what the student does, whatever the length of a text.
+        """
+        limits = [(facts.max_context_tokens, f"the model's own {facts.max_context_tokens}")]
+        short = facts.rope.short_text_tokens
+        if short is not None:
+            limits.append((short, f"the {short} tokens that LongRoPE's short factors are for"))
+        return min(limits)
+
+    def alike(self, facts: DecoderFacts) -> list[tuple[str, ...]]:
+        """Matrices of all blocks that have to lie on one grid, where some have to."""
+        return []
+
     def refuse_misfit(self, student: Student) -> None:
         """Hold the format against a student, as a recipe is before any work.
 
@@ -41,6 +56,20 @@ class Exporter(ABC):
         if found:
             raise InputError(
                 "; ".join(found), where=str(student.path), hint="export it to another format"
+            )
+
+    def refuse_context(self, student: Student, context_tokens: int) -> None:
+        """Hold what an artifact is to claim against ``context_limit``.
+
+        Raises:
+            InputError: it is more.
+        """
+        most, words = self.context_limit(student.facts)
+        if context_tokens > most:
+            raise InputError(
+                f"context_tokens {context_tokens} is more than {words}",
+                where=str(student.path / "config.json"),
+                hint=f"the most that it can be is {most}",
             )
 
     @abstractmethod

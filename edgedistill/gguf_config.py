@@ -10,7 +10,7 @@ import numpy as np
 from edgedistill.decoder import MOST_LAYERS
 from edgedistill.errors import InputError
 from edgedistill.gguf_file import GgufFile
-from edgedistill.gguf_layout import ROPE_DIVISORS
+from edgedistill.gguf_layout import LONG_DIVISORS, ROPE_DIVISORS, SHORT_DIVISORS
 from edgedistill.gguf_limits import NO_ROPE_STEP, WIDE_SCALE_LAYERS
 from edgedistill.gguf_tokenizer import special_id
 from edgedistill.layer_kinds import KINDS, SLIDING_PATTERN
@@ -54,6 +54,11 @@ MODELS: dict[str, dict[str, Any]] = {
         "model_type": "gemma3_text",
         "hidden_activation": "gelu_pytorch_tanh",
     },
+    "phi3": {
+        "architectures": ["Phi3ForCausalLM"],
+        "model_type": "phi3",
+        "hidden_act": "silu",
+    },
 }
 # The bands of Llama 3.1 and 3.2 (their config.json); a GGUF keeps only the divisors they give.
 LLAMA3_BANDS = {
@@ -94,6 +99,8 @@ def _own_fields(file: GgufFile, stated: _Stated, architecture: str) -> dict[str,
     """What a family's config has of its own, and how it rotates."""
     if architecture == "gemma3":
         return _gemma3_fields(stated)
+    if architecture == "phi3":
+        return _phi3_fields(file, stated)
     ropes = _rope_fields(file, stated)
     if architecture == "gemma2":
         return ropes | _gemma2_fields(stated)
@@ -192,6 +199,31 @@ def _yarn_parameters(stated: _Stated, theta: float) -> dict[str, Any]:
     if own != 1.0:
         parameters["attention_factor"] = own * (0.1 * math.log(max(1.0, factor)) + 1.0)
     return parameters
+
+
+def _phi3_fields(file: GgufFile, stated: _Stated) -> dict[str, Any]:
+    """What llama.cpp's src/models/phi3.cpp reads, and the window that it does not use."""
+    context, theta = stated.count("context_length"), stated.number("rope.freq_base", 10000.0)
+    wide = max(1, stated.count("embedding_length") // stated.count("attention.head_count"))
+    width = stated.count("attention.key_length", wide)
+    share = stated.count("rope.dimension_count", width) / width
+    rope = {"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": share}
+    if {SHORT_DIVISORS, LONG_DIVISORS} <= file.tensors.keys():
+        # Of a float32 1.1 the number 1.1.
+        short, long = (
+            [float(str(factor)) for factor in file.read(name).reshape(-1)]
+            for name in (SHORT_DIVISORS, LONG_DIVISORS)
+        )
+        rope |= {"rope_type": "longrope", "short_factor": short, "long_factor": long}
+        rope["attention_factor"] = stated.number("rope.scaling.attn_factor", 1.0)
+    original = stated.count("rope.scaling.original_context_length", context)
+    return {
+        "rope_theta": theta,
+        "partial_rotary_factor": share,
+        "rope_parameters": rope,
+        "original_max_position_embeddings": original,
+        "sliding_window": stated.number("attention.sliding_window", 0) or None,
+    }
 
 
 def _granite_fields(stated: _Stated) -> dict[str, Any]:

@@ -5,14 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from edgedistill.decoder import DecoderFacts
 from edgedistill.errors import InputError
 from edgedistill.gguf_config import gguf_config, special_ids
 from edgedistill.gguf_file import GgufFile
-from edgedistill.gguf_layout import ROPE_DIVISORS, checkpoint_values, tensor_name
+from edgedistill.gguf_layout import ROPE_TENSORS, checkpoint_tensors, file_shape, file_tensors
 from edgedistill.gguf_tokenizer import (
     adds_bos,
     build_tokenizer,
@@ -45,8 +42,11 @@ def convert_gguf(src: Path, dst: Path) -> None:
     file, config, facts = _open(src)
     _write_tokenizer(file, dst, facts.max_context_tokens)
     with StudentWriter(dst, config=config) as writer:
-        for name in track(list(facts.tensor_shapes()), label=f"reading {src.name}"):
-            writer.write(name, _read(file, facts, name))
+        tensors = file_tensors(facts, file.tensors)
+        for stored in track(list(tensors), label=f"reading {src.name}"):
+            parts = checkpoint_tensors(facts, tensors[stored], file.read(stored))
+            for name, values in parts.items():
+                writer.write(name, values)
 
 
 def read_gguf_facts(src: Path) -> DecoderFacts:
@@ -69,10 +69,6 @@ def _open(src: Path) -> tuple[GgufFile, dict[str, Any], DecoderFacts]:
     return file, config, facts
 
 
-def _read(file: GgufFile, facts: DecoderFacts, name: str) -> npt.NDArray[np.float32]:
-    return checkpoint_values(facts, name, file.read(tensor_name(facts, name)))
-
-
 def _refuse_parts(file: GgufFile) -> None:
     kind = file.metadata.get("general.type", "model")
     if kind != "model":
@@ -87,7 +83,8 @@ def _refuse_parts(file: GgufFile) -> None:
 
 
 def _check_tensors(file: GgufFile, facts: DecoderFacts) -> None:
-    wanted = {tensor_name(facts, name): shape for name, shape in facts.tensor_shapes().items()}
+    tensors = file_tensors(facts, file.tensors)
+    wanted = {stored: file_shape(facts, names) for stored, names in tensors.items()}
     for name, shape in wanted.items():
         if name not in file.tensors:
             raise InputError(f"has no tensor {name}", where=str(file.path))
@@ -96,7 +93,7 @@ def _check_tensors(file: GgufFile, facts: DecoderFacts) -> None:
                 f"{name} has the shape {file.tensors[name].shape}, its metadata ask for {shape}",
                 where=str(file.path),
             )
-    extra = sorted(set(file.tensors) - set(wanted) - {ROPE_DIVISORS})
+    extra = sorted(set(file.tensors) - set(wanted) - ROPE_TENSORS)
     if extra:
         raise InputError(
             f"holds {extra[0]}, which the {facts.family} family does not have",

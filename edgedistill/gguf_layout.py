@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Container
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,7 @@ ARCHITECTURES = {
     "granite": "granite",
     "gemma2": "gemma2",
     "gemma3_text": "gemma3",
+    "phi3": "phi3",
 }
 # Those that rotate neighbours (``llama_model_rope_type`` in src/llama-model.cpp), and those with
 # norms behind the halves.
@@ -49,17 +51,48 @@ _SANDWICHED_NORM_NAMES = {
     "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
 }
+# Matrices that an architecture has on top of each other, in the order of their use.
+_STACKED_NAMES = {"phi3": {"mlp.gate_proj": "ffn_up"}}
 ROPE_DIVISORS = "rope_freqs.weight"
+SHORT_DIVISORS, LONG_DIVISORS = "rope_factors_short.weight", "rope_factors_long.weight"
+ROPE_TENSORS = {ROPE_DIVISORS, SHORT_DIVISORS, LONG_DIVISORS}
+# What llama.cpp takes in the place of attn_q, attn_k and attn_v (``create_tensor_qkv``).
+_ONE_OF_THREE, _THREE_IN_ONE = re.compile(r"(blk\.\d+\.attn_)[qkv](\..+)"), r"\1qkv\2"
 _BLOCK = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 
 def block_names(architecture: str) -> dict[str, str]:
     """Names inside a block: the checkpoint's -> GGUF's, of one of llama.cpp's architectures."""
-    return _BLOCK_NAMES | (_SANDWICHED_NORM_NAMES if architecture in SANDWICHED else _NORM_NAMES)
+    norms = _SANDWICHED_NORM_NAMES if architecture in SANDWICHED else _NORM_NAMES
+    return _BLOCK_NAMES | norms | _STACKED_NAMES.get(architecture, {})
+
+
+def file_tensors(facts: DecoderFacts, stored: Container[str] = ()) -> dict[str, list[str]]:
+    """Each tensor of a GGUF file -> those of the checkpoint whose rows it has, in their order.
+
+    Args:
+        facts: of the decoder.
+        stored: names in a file that somebody else made, who may have put q, k and v together.
+    """
+    found: dict[str, list[str]] = {}
+    for name in facts.tensor_shapes():
+        own = tensor_name(facts, name)
+        together = _ONE_OF_THREE.sub(_THREE_IN_ONE, own)
+        found.setdefault(together if together in stored else own, []).append(name)
+    return found
+
+
+def file_shape(facts: DecoderFacts, names: list[str]) -> tuple[int, ...]:
+    """The shape of some tensors of a checkpoint on top of each other."""
+    shapes = facts.tensor_shapes()
+    return (sum(shapes[name][0] for name in names), *shapes[names[0]][1:])
 
 
 def tensor_name(facts: DecoderFacts, name: str) -> str:
-    """The GGUF name of a checkpoint's tensor: ``model.norm.weight`` -> ``output_norm.weight``."""
+    """The GGUF name of a checkpoint's tensor: ``model.norm.weight`` -> ``output_norm.weight``.
+
+    Tensors whose rows lie on top of each other there (:func:`file_tensors`) share one.
+    """
     stem, _, kind = name.rpartition(".")
     if stem in OUTER_NAMES:
         return f"{OUTER_NAMES[stem]}.{kind}"
@@ -67,6 +100,22 @@ def tensor_name(facts: DecoderFacts, name: str) -> str:
     if match is None or match[2] not in inner:
         raise InputError(f"the tensor {name} has no place in a GGUF file")
     return f"blk.{match[1]}.{inner[match[2]]}.{kind}"
+
+
+def checkpoint_names(name: str, architecture: str) -> list[str]:
+    """The checkpoint's tensors that lie in one of a GGUF file; its own name where that is none."""
+    stem, _, kind = name.rpartition(".")
+    outer = {there: here for here, there in OUTER_NAMES.items()}
+    if stem in outer:
+        return [f"{outer[stem]}.{kind}"]
+    parts = stem.split(".", 2)
+    if len(parts) == 3 and parts[0] == "blk":
+        inner = block_names(architecture).items()
+        own = ["attn_q", "attn_k", "attn_v"] if parts[2] == "attn_qkv" else [parts[2]]
+        found = [here for stored in own for here, there in inner if there == stored]
+        if found:
+            return [f"model.layers.{parts[1]}.{here}.{kind}" for here in found]
+    return [name]
 
 
 def row_order(facts: DecoderFacts, name: str) -> npt.NDArray[np.intp] | None:
@@ -87,6 +136,16 @@ def row_order(facts: DecoderFacts, name: str) -> npt.NDArray[np.intp] | None:
 def norm_offset(facts: DecoderFacts, name: str) -> float:
     """What a stored vector has more than the checkpoint's: llama.cpp's norms multiply alone."""
     return facts.norm_offset if name.endswith("norm.weight") else 0.0
+
+
+def checkpoint_tensors(
+    facts: DecoderFacts, names: list[str], stored: npt.NDArray[np.float32]
+) -> dict[str, npt.NDArray[np.float32]]:
+    """A tensor that was read from a GGUF file, as the tensors of a checkpoint that lie in it."""
+    shapes = facts.tensor_shapes()
+    ends = np.cumsum([shapes[name][0] for name in names])
+    parts = np.split(stored, ends[:-1])
+    return {n: checkpoint_values(facts, n, part) for n, part in zip(names, parts, strict=True)}
 
 
 def checkpoint_values(

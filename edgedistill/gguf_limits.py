@@ -31,6 +31,7 @@ class _Architecture:
         always: facts that it cannot do without.
         biases: short names of the projections whose bias it adds.
         rotates_all: whether every layer is rotated; else all but every fourth.
+        whole_heads: whether its heads have to be as wide as the stream together.
     """
 
     scalings: tuple[str, ...] = ("linear", "yarn")
@@ -39,6 +40,7 @@ class _Architecture:
     always: tuple[str, ...] = ()
     biases: str = "qkvo"
     rotates_all: bool = True
+    whole_heads: bool = False
 
 
 _PLAIN = _Architecture()
@@ -66,7 +68,11 @@ _KNOWN = {
     "gemma3": _Architecture(
         scalings=("linear",), windows="any", numbers=("logits_softcap",), biases=""
     ),
+    # "Phi SWA is currently disabled", says llama.cpp.
+    "phi3": _Architecture(scalings=("longrope",), biases="", whole_heads=True),
 }
+# llama.cpp rounds a context up to a multiple of this (``n_ctx`` in src/llama-context.cpp).
+CONTEXT_STEP_TOKENS = 256
 _WORDS = {
     "attention_softcap": "a soft cap of attention scores",
     "logits_softcap": "a soft cap of logits",
@@ -91,6 +97,29 @@ def gguf_problems(facts: DecoderFacts) -> list[str]:
         *_layers(facts, name, known),
     ]
     return [f"{problem}: GGUF cannot carry that" for problem in found]
+
+
+def has_windows(facts: DecoderFacts) -> bool:
+    """Whether llama.cpp's architecture has sliding layers at all."""
+    return _KNOWN.get(ARCHITECTURES[facts.family], _PLAIN).windows != "none"
+
+
+def gguf_context_limit(facts: DecoderFacts) -> tuple[int, str] | None:
+    """(up to how many tokens llama.cpp computes the same, what ends it), where something does.
+
+    A window is none as long as no text outgrows it.  LongRoPE's factors llama.cpp takes by the
+    context that is opened, not by the text.
+    """
+    name, limits = ARCHITECTURES[facts.family], list[tuple[int, str]]()
+    if facts.window_tokens is not None and not has_windows(facts):
+        window = facts.window_tokens
+        limits.append((window, f"a window of {window} tokens, which llama.cpp's {name} has not"))
+    short = facts.rope.short_text_tokens
+    if short is not None:
+        most = short // CONTEXT_STEP_TOKENS * CONTEXT_STEP_TOKENS
+        words = f"the {short} tokens that LongRoPE's short factors are for"
+        limits.append((most, f"{words}, in llama.cpp's contexts of {CONTEXT_STEP_TOKENS}s"))
+    return min(limits, default=None)
 
 
 def implied_attention_scale(facts: DecoderFacts) -> float:
@@ -153,10 +182,7 @@ def _yarn(rope: Rope) -> list[str]:
 def _layers(facts: DecoderFacts, name: str, known: _Architecture) -> list[str]:
     found = []
     slides = facts.sliding_layers
-    if any(slides) and known.windows == "none":
-        words = f"layers that attend to a window of {facts.window_tokens} tokens"
-        found.append(f"{words}, which llama.cpp's {name} has not")
-    elif any(slides) and known.windows == "period" and window_period(slides) is None:
+    if any(slides) and known.windows == "period" and window_period(slides) is None:
         shown = "".join("s" if one else "." for one in slides)
         found.append(f"sliding layers in no period ({shown}), as llama.cpp's {name} counts them")
     bare = facts.unrotated_layers or (False,) * facts.layers
@@ -165,6 +191,9 @@ def _layers(facts: DecoderFacts, name: str, known: _Architecture) -> list[str]:
         wanted = "rotates all" if known.rotates_all else f"rotates all but every {NO_ROPE_STEP}th"
         which = ", ".join(str(layer) for layer, one in enumerate(bare) if one) or "none"
         found.append(f"layers without rotation ({which}): llama.cpp's {name} {wanted}")
+    if known.whole_heads and facts.heads * facts.head_dim != facts.hidden_size:
+        wide = f"{facts.heads} heads of {facts.head_dim}"
+        found.append(f"{wide}, which llama.cpp's {name} wants {facts.hidden_size} wide together")
     lacking = sorted(set(facts.biases(0)) - set(known.biases))
     if lacking:
         found.append(f"biases of {', '.join(lacking)}, which llama.cpp's {name} has not")

@@ -36,7 +36,7 @@ class MixedBytes:
     def __init__(self, facts: DecoderFacts, formats: Sequence[str] | None) -> None:
         self.formats = tuple(formats or plugin_names("exporters"))
         self._exporters = [load_plugin("exporters", name)() for name in self.formats]
-        self._shapes = facts.tensor_shapes()
+        self._facts, self._shapes = facts, facts.tensor_shapes()
         self.matrices = tuple(facts.matrices())
         self.weights = facts.parameters
 
@@ -48,6 +48,15 @@ class MixedBytes:
             name: tuple(g for g in held if self._shapes[name][1] % g.group_size == 0)
             for name in self.matrices
         }
+
+    @cached_property
+    def alike(self) -> dict[str, tuple[str, ...]]:
+        """Matrix -> those that one of the formats wants on its grid too, itself among them."""
+        found: dict[str, tuple[str, ...]] = {name: (name,) for name in self.matrices}
+        for exporter in self._exporters:
+            for together in exporter.alike(self._facts):
+                found |= dict.fromkeys(together, together)
+        return found
 
     @cached_property
     def float_bytes(self) -> int:

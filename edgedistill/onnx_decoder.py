@@ -8,6 +8,9 @@ https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
 
 The head is a large part of a small model and a prompt needs it at one position only, so the graph
 computes ``logits[:, first_logit:]``.  That input defaults to -1, the last position; 0 asks for all.
+
+``GroupQueryAttention`` counts ``local_window_size`` like ``transformers``: the token itself is one
+of the window's.  The caches of such layers span the whole context all the same.
 """
 
 from __future__ import annotations
@@ -15,15 +18,15 @@ from __future__ import annotations
 import numpy as np
 from onnx import TensorProto
 
+from edgedistill.decoder import Activation
 from edgedistill.errors import InputError
 from edgedistill.onnx_graph import MICROSOFT, OnnxGraph
-from edgedistill.onnx_layout import stores_zeros
-from edgedistill.onnx_package import FIRST_LOGIT, SHIPPED_ACCURACY_LEVEL
+from edgedistill.onnx_layout import ROPE_TABLES, SLIDING_ROPE_TABLES
+from edgedistill.onnx_package import FIRST_LOGIT
+from edgedistill.onnx_weights import OnnxWeights
 from edgedistill.progress import track
-from edgedistill.quantized import QTensor, pack_codes
+from edgedistill.rope import Rope
 from edgedistill.student import Student
-
-ROPE_TABLES = ("rope.cos", "rope.sin")
 
 
 def write_decoder(graph: OnnxGraph, student: Student, context_tokens: int) -> None:
@@ -32,16 +35,9 @@ def write_decoder(graph: OnnxGraph, student: Student, context_tokens: int) -> No
     Weights are read, written and dropped one by one, in the order of their use.
 
     Raises:
-        InputError: a tensor is missing, its shape is not what the config says, or the model was
-            not made for ``context_tokens``.
+        InputError: a tensor is missing, or its shape is not what the config says.
     """
     facts = student.facts
-    if context_tokens > facts.max_context_tokens:
-        raise InputError(
-            f"context_tokens {context_tokens} is more than the model's own "
-            f"{facts.max_context_tokens}",
-            where=str(student.path / "config.json"),
-        )
     for name, shape in facts.tensor_shapes().items():
         if student.shape(name) != shape:
             raise InputError(
@@ -56,44 +52,52 @@ class _Decoder:
 
     def __init__(self, graph: OnnxGraph, student: Student, context_tokens: int) -> None:
         self._graph = graph
-        self._student = student
+        self._weights = OnnxWeights(graph, student)
         self._facts = student.facts
         self._context_tokens = context_tokens
 
     def write(self) -> None:
         graph, facts = self._graph, self._facts
-        hidden = self._embedding(graph.input("input_ids", np.int64, ["batch_size", "new_tokens"]))
+        ids = graph.input("input_ids", np.int64, ["batch_size", "new_tokens"])
+        hidden = self._weights.rows(facts.embedding, ids, "embedded")
+        hidden = self._times(hidden, facts.embedding_scale)
         self._lengths()
-        self._rope_tables()
         graph.optional_input(FIRST_LOGIT, np.array([-1], dtype=np.int64))
         # A stated length of 1 tells genai that a prompt yields its last position alone.
         graph.output("logits", np.float32, ["batch_size", 1, facts.vocab_size])
         normed = self._norm(facts.norms(0)["attention"], hidden)
         for layer in track(range(facts.layers), label="writing ONNX"):
             hidden, normed = self._block(layer, hidden, normed)
-        self._linear(facts.head, normed, "logits")
+        self._logits(normed)
 
     def _block(self, layer: int, hidden: str, normed: str) -> tuple[str, str]:
         """(residual stream, its norm for the next block) after one block."""
-        facts = self._facts
+        facts, linear = self._facts, self._weights.linear
         norms, linears, biases = facts.norms(layer), facts.linears(layer), facts.biases(layer)
         last = layer == facts.layers - 1
         attended = self._attention(layer, normed)
         if last:  # from here on, only the positions whose logits are asked for
             hidden, attended = (self._from_first_logit(x) for x in (hidden, attended))
-        attended = self._linear(linears["o"], attended, bias=biases.get("o"))
+        attended = linear(linears["o"], attended, bias=biases.get("o"))
+        attended = self._leave(norms.get("attention_out"), attended)
         hidden, normed = self._add_and_norm(norms["ffn"], hidden, attended)
-        gated = self._silu(self._linear(linears["gate"], normed))
+        gated = self._activation(facts.activation, linear(linears["gate"], normed))
         product = self._graph.node(
-            "Mul", [gated, self._linear(linears["up"], normed)], [f"layer.{layer}.product"]
+            "Mul", [gated, linear(linears["up"], normed)], [f"layer.{layer}.product"]
         )
+        fed = self._leave(norms.get("ffn_out"), linear(linears["down"], product))
         next_norm = facts.final_norm if last else facts.norms(layer + 1)["attention"]
-        return self._add_and_norm(next_norm, hidden, self._linear(linears["down"], product))
+        return self._add_and_norm(next_norm, hidden, fed)
+
+    def _leave(self, norm: str | None, branch: str) -> str:
+        """What a half block adds to the stream: normalized and scaled where the family does so."""
+        normed = branch if norm is None else self._norm(norm, branch)
+        return self._times(normed, self._facts.residual_multiplier)
 
     def _attention(self, layer: int, normed: str) -> str:
         graph, facts = self._graph, self._facts
         norms, linears, biases = facts.norms(layer), facts.linears(layer), facts.biases(layer)
-        q, k, v = (self._linear(linears[n], normed, bias=biases.get(n)) for n in "qkv")
+        q, k, v = (self._weights.linear(linears[n], normed, bias=biases.get(n)) for n in "qkv")
         if facts.qk_norm:
             q = self._norm_heads(norms["q"], q, facts.heads)
             k = self._norm_heads(norms["k"], k, facts.kv_heads)
@@ -106,87 +110,49 @@ class _Decoder:
             pasts.append(graph.input(f"past_key_values.{layer}.{part}", np.float32, past))
             presents.append(f"present.{layer}.{part}")
             graph.output(presents[-1], np.float32, present)
+        rope = facts.rope_of(layer)
+        tables = () if rope is None else self._rope_tables(rope)
         return graph.node(
             "GroupQueryAttention",
-            [q, k, v, *pasts, "last_key", "key_count", *ROPE_TABLES],
+            [q, k, v, *pasts, "last_key", "key_count", *tables],
             [f"layer.{layer}.attended", *presents],
             domain=MICROSOFT,
             num_heads=facts.heads,
             kv_num_heads=facts.kv_heads,
-            do_rotary=1,
+            do_rotary=int(rope is not None),
             rotary_interleaved=0,
+            **self._scores(layer),
         )
 
-    def _embedding(self, ids: str) -> str:
-        name, graph = self._facts.embedding, self._graph
-        if name not in self._student.grids:
-            return graph.node("Gather", [self._float(name), ids], ["embedded"], axis=0)
-        tensor = self._student.read_quantized(name)
-        codes = graph.weight(f"{name}.codes", pack_codes(tensor.codes, tensor.grid.bits))
-        return graph.node(
-            "GatherBlockQuantized",
-            [codes, ids, *self._scales_and_zeros(name, tensor)],
-            ["embedded"],
-            domain=MICROSOFT,
-            bits=tensor.grid.bits,
-            block_size=tensor.grid.group_size,
-            gather_axis=0,
-            quantize_axis=1,
-        )
+    def _scores(self, layer: int) -> dict[str, int | float]:
+        """How attention scores differ from the operator's default, as its attributes."""
+        facts = self._facts
+        found = {
+            "scale": facts.attention_scale,
+            "softcap": facts.attention_softcap,
+            "local_window_size": facts.window_of(layer),
+        }
+        return {name: value for name, value in found.items() if value is not None}
 
-    def _linear(self, name: str, x: str, output: str | None = None, bias: str | None = None) -> str:
-        """``x @ W.T + bias``, the matrix as [rows, columns] like in the checkpoint."""
-        graph = self._graph
-        output = output or name.removesuffix(".weight")
-        if name in self._student.grids:
-            return self._quantized_linear(name, x, output, bias)
-        weight = name if name in graph else self._float(name)
-        product = output if bias is None else f"{output}.product"
-        graph.node("FusedMatMul", [x, weight], [product], domain=MICROSOFT, transB=1)
-        return graph.node("Add", [product, self._float(bias)], [output]) if bias else output
-
-    def _quantized_linear(self, name: str, x: str, output: str, bias: str | None) -> str:
-        graph, grid = self._graph, self._student.grids[name]
-        rows, columns = self._student.shape(name)
-        blocks = [rows, columns // grid.group_size, grid.group_size * grid.bits // 8]
-        if f"{name}.codes" in graph:  # tied: the embedding stored them
-            codes = graph.view(f"{name}.blocks", f"{name}.codes", blocks)
-            rest = [n for n in (f"{name}.scales", f"{name}.zeros") if n in graph]
-        else:
-            tensor = self._student.read_quantized(name)
-            packed = pack_codes(tensor.codes, grid.bits).reshape(blocks)
-            codes = graph.weight(f"{name}.codes", packed)
-            rest = self._scales_and_zeros(name, tensor)
-        inputs = [x, codes, *rest]
-        if bias is not None:
-            inputs += [""] * (5 - len(inputs)) + [self._float(bias)]
-        return graph.node(
-            "MatMulNBits",
-            inputs,
-            [output],
-            domain=MICROSOFT,
-            K=columns,
-            N=rows,
-            bits=grid.bits,
-            block_size=grid.group_size,
-            accuracy_level=SHIPPED_ACCURACY_LEVEL,
-        )
-
-    def _scales_and_zeros(self, name: str, tensor: QTensor) -> list[str]:
-        """Scales float32 [rows, groups]; zeros packed by row, left out where ORT assumes them."""
-        parts = [self._graph.weight(f"{name}.scales", tensor.scales.astype(np.float32))]
-        if stores_zeros(tensor.grid):
-            zeros = pack_codes(tensor.zero_points(), tensor.grid.bits)
-            parts.append(self._graph.weight(f"{name}.zeros", zeros))
-        return parts
-
-    def _float(self, name: str) -> str:
-        return self._graph.weight(name, self._student.read(name))
+    def _logits(self, normed: str) -> None:
+        """The head, and what its logits go through: the last result is named ``logits``."""
+        facts = self._facts
+        steps: list[tuple[str, float | None]] = []
+        if facts.logits_divisor != 1.0:
+            steps.append(("Div", facts.logits_divisor))
+        if facts.logits_softcap is not None:
+            cap = facts.logits_softcap
+            steps += [("Div", cap), ("Tanh", None), ("Mul", cap)]
+        outputs = [f"logits.{i}" for i in range(len(steps))] + ["logits"]
+        x = self._weights.linear(facts.head, normed, outputs[0])
+        for (kind, number), output in zip(steps, outputs[1:], strict=True):
+            operands = [x] if number is None else [x, self._number(number)]
+            x = self._graph.node(kind, operands, [output])
 
     def _norm(self, name: str, x: str) -> str:
         return self._graph.node(
             "SimplifiedLayerNormalization",
-            [x, self._float(name)],
+            [x, self._weights.norm(name)],
             [name.removesuffix(".weight")],
             axis=-1,
             epsilon=self._facts.norm_eps,
@@ -207,16 +173,24 @@ class _Decoder:
         total = f"{output}.stream"
         normed = self._graph.node(
             "SkipSimplifiedLayerNormalization",
-            [stream, branch, self._float(name)],
+            [stream, branch, self._weights.norm(name)],
             [output, "", "", total],
             domain=MICROSOFT,
             epsilon=self._facts.norm_eps,
         )
         return total, normed
 
-    def _silu(self, x: str) -> str:
-        gate = self._graph.node("Sigmoid", [x], [f"{x}.sigmoid"])
-        return self._graph.node("Mul", [x, gate], [f"{x}.silu"])
+    def _activation(self, kind: Activation, x: str) -> str:
+        graph = self._graph
+        if kind == "gelu_tanh":
+            return graph.node("Gelu", [x], [f"{x}.gelu"], approximate="tanh")
+        gate = graph.node("Sigmoid", [x], [f"{x}.sigmoid"])
+        return graph.node("Mul", [x, gate], [f"{x}.silu"])
+
+    def _times(self, x: str, factor: float) -> str:
+        if factor == 1.0:
+            return x
+        return self._graph.node("Mul", [x, self._number(factor)], [f"{x}.scaled"])
 
     def _from_first_logit(self, x: str) -> str:
         end, axis = self._integers([np.iinfo(np.int64).max]), self._integers([1])
@@ -239,9 +213,20 @@ class _Decoder:
         graph = self._graph
         return name if name in graph else graph.constant(name, np.array(values, dtype=np.int64))
 
-    def _rope_tables(self) -> None:
-        """Cosines and sines, float32 [context_tokens, head_dim / 2]."""
-        positions = np.arange(self._context_tokens, dtype=np.float32)
-        angles = np.outer(positions, self._facts.rope.inverse_frequencies(self._facts.head_dim))
-        for name, table in zip(ROPE_TABLES, (np.cos(angles), np.sin(angles)), strict=True):
-            self._graph.weight(name, table)
+    def _number(self, value: float) -> str:
+        """A constant float32 scalar, likewise."""
+        name, graph = f"number.{value!r}", self._graph
+        return name if name in graph else graph.constant(name, np.array(value, dtype=np.float32))
+
+    def _rope_tables(self, rope: Rope) -> tuple[str, str]:
+        """Cosines and sines, float32 [context_tokens, rotary_dim / 2], their factor in them."""
+        names = ROPE_TABLES if rope == self._facts.rope else SLIDING_ROPE_TABLES
+        if names[0] not in self._graph:
+            tokens = self._context_tokens
+            frequencies = rope.inverse_frequencies(self._facts.rotary_dim, tokens)
+            positions = np.arange(tokens, dtype=np.float32)
+            angles = np.outer(positions, frequencies)
+            factor = np.float32(rope.attention_factor)
+            for name, table in zip(names, (np.cos(angles), np.sin(angles)), strict=True):
+                self._graph.weight(name, table * factor)
+        return names

@@ -1,4 +1,4 @@
-"""What a matrix takes in an ONNX file: the layout of ``MatMulNBits``, without the onnx package."""
+"""How an ONNX file stores what: the layout of ``MatMulNBits``, without the onnx package."""
 
 from __future__ import annotations
 
@@ -8,6 +8,12 @@ from edgedistill.quantized import Grid
 
 # That ``MatMulNBits`` has a CPU kernel for (ONNX Runtime 1.32).
 KERNEL_BITS = (2, 4, 8)
+# ``GroupQueryAttention`` takes heads of a multiple of 8, and rotates multiples of 16 of a multiple
+# of 16 alone (ONNX Runtime 1.32, group_query_attention_helper.h).
+HEAD_MULTIPLE, ROTATED_MULTIPLE = 8, 16
+# Cosines and sines, and those of sliding layers where they have others.
+ROPE_TABLES = ("rope.cos", "rope.sin")
+SLIDING_ROPE_TABLES = ("rope.sliding.cos", "rope.sliding.sin")
 
 
 def stores_zeros(grid: Grid) -> bool:

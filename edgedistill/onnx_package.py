@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from edgedistill.errors import InputError, UnavailableError
+from edgedistill.genai_tokenizer import spell_out_pre_tokenizer
 from edgedistill.student import Student, copy_side_files, read_json, write_json
 
 CONFIG_FILE = "genai_config.json"
@@ -16,8 +17,6 @@ MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
 FIRST_LOGIT = "first_logit"
 SHIPPED_ACCURACY_LEVEL = 4  # int8 activations: the fast kernels take nothing else
-# How byte-level BPE cuts text, GPT-2's expression: tokenizers' ByteLevel applies it by default.
-BYTE_LEVEL_CUTS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 SAMPLING_DEFAULTS: dict[str, Any] = {
     "do_sample": False,
     "temperature": 1.0,
@@ -34,7 +33,7 @@ def write_package(student: Student, dst: Path, context_tokens: int) -> None:
         InputError: the student names no token that ends a text.
     """
     copy_side_files(student.path, dst)
-    _spell_out_digits(dst / "tokenizer.json")
+    spell_out_pre_tokenizer(dst / "tokenizer.json")
     write_json(dst / "config.json", student.config)
     generation = _optional_json(student.path / "generation_config.json")
     config = {
@@ -130,35 +129,6 @@ def _first(generation: dict[str, Any], config: dict[str, Any], key: str) -> Any:
 def _given(values: dict[str, Any], key: str, otherwise: Any) -> Any:
     value = values.get(key)
     return otherwise if value is None else value
-
-
-def _spell_out_digits(path: Path) -> None:
-    """Write a pre-tokenizer that cuts digits one by one as the expressions that it stands for.
-
-    onnxruntime-genai 0.18 takes ``Digits`` for decimal digits alone, so that it joins a blank with
-    a following ½ or ²; as expressions it follows both.
-    """
-    tokenizer = _optional_json(path)
-    before = tokenizer.get("pre_tokenizer") or {}
-    parts = before.get("pretokenizers", [])
-    if [part.get("type") for part in parts] != ["Digits", "ByteLevel"]:
-        return
-    digits, byte_level = parts
-    if not digits.get("individual_digits") or not byte_level.get("use_regex", True):
-        return
-    cuts = [
-        {
-            "type": "Split",
-            "pattern": {"Regex": regex},
-            "behavior": "Isolated",
-            "invert": False,
-        }
-        for regex in (r"\p{N}", BYTE_LEVEL_CUTS)
-    ]
-    tokenizer["pre_tokenizer"] = before | {
-        "pretokenizers": [*cuts, byte_level | {"use_regex": False}]
-    }
-    write_json(path, tokenizer)
 
 
 def _optional_json(path: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from edgedistill.decoder import DecoderFacts
 from edgedistill.estimate import artifact_bytes
+from edgedistill.exporter import Exporter
 from edgedistill.kv_cache import kv_cache_problems
 from edgedistill.plugins import did_you_mean, load_plugin, plugin_names
 from edgedistill.quantized import Grid
@@ -123,17 +124,39 @@ def _check_context(recipe: Recipe, facts: DecoderFacts) -> Iterator[Finding]:
             f"{recipe.context_tokens} is more than the student's {facts.max_context_tokens}",
             f"the most that it can hold is {facts.max_context_tokens}",
         )
+        return
+    for name in dict.fromkeys(_format_places(recipe).values()):
+        most, words = load_plugin("exporters", name)().context_limit(facts)
+        if recipe.context_tokens > most:
+            yield Finding(
+                ("context_tokens",),
+                f"{recipe.context_tokens} is more than {words}",
+                f"the most that {name} can hold of this student is {most}",
+            )
+
+
+def _format_places(recipe: Recipe) -> dict[Place, str]:
+    places: dict[Place, str] = {("export", i): name for i, name in enumerate(recipe.export or ())}
+    return places | {
+        ("targets", n, "format"): target.format for n, target in recipe.targets.items()
+    }
 
 
 def _check_formats(recipe: Recipe, facts: DecoderFacts) -> Iterator[Finding]:
-    """Formats that cannot carry what the student computes, whatever its sizes are."""
-    places: dict[Place, str] = {("export", i): name for i, name in enumerate(recipe.export or ())}
-    places |= {("targets", n, "format"): target.format for n, target in recipe.targets.items()}
+    """Formats that cannot carry what the student computes, or what the rungs make of it."""
     able = [n for n in plugin_names("exporters") if not _format_problems(n, facts)]
     hint = f"export it to {' or '.join(able)}" if able else None
-    for place, name in places.items():
+    for place, name in _format_places(recipe).items():
         for problem in _format_problems(name, facts):
             yield Finding(place, problem, hint)
+    for rung, steps in recipe.rungs.items():
+        after = facts
+        for step in [*recipe.stages, *steps]:
+            after = step.config.facts_after(after)
+        for name in recipe.formats_of(rung):
+            new = set(_format_problems(name, after)) - set(_format_problems(name, facts))
+            for problem in sorted(new):
+                yield Finding(("rungs", rung), f"what its stages make has {problem}")
 
 
 def _format_problems(name: str, facts: DecoderFacts) -> list[str]:
@@ -206,6 +229,24 @@ def _unheld(
                     f"{grid} cannot be stored exactly in {' or '.join(unable)}",
                     "choose another grid, or give this rung targets that hold it",
                 )
+        for name, exporter in exporters.items():
+            yield from _unlike(step, (*place, index, step.name), name, exporter, facts)
+
+
+def _unlike(
+    step: StageStep, place: Place, name: str, exporter: Exporter, facts: DecoderFacts
+) -> Iterator[Finding]:
+    """Matrices of the first block that the step puts on several grids, and the format on one."""
+    first = set(facts.linears(0).values())
+    for together in exporter.alike(facts):
+        expected = [step.config.expected_grids(matrix, facts) for matrix in together]
+        if set(together) <= first and any(grids != expected[0] for grids in expected):
+            shorts = " and ".join(str(facts.short_name(matrix)) for matrix in together)
+            yield Finding(
+                place,
+                f"{shorts} are one tensor in {name}, so they have one grid",
+                "give them the same, or this rung other targets",
+            )
 
 
 def _check_budgets(recipe: Recipe, facts: DecoderFacts) -> Iterator[Finding]:

@@ -11,13 +11,9 @@ import numpy.typing as npt
 
 from edgedistill.errors import InputError
 
-LLAMA3_KEYS = (
-    "factor",
-    "low_freq_factor",
-    "high_freq_factor",
-    "original_max_position_embeddings",
-)
-SCALINGS = ("linear", "llama3", "yarn")
+ORIGINAL_CONTEXT = "original_max_position_embeddings"
+LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", ORIGINAL_CONTEXT)
+SCALINGS = ("linear", "llama3", "yarn", "longrope")
 
 
 @dataclass(frozen=True)
@@ -34,21 +30,39 @@ class Rope:
     scaling: dict[str, Any] | None = None
     attention_factor: float = 1.0
 
-    def inverse_frequencies(self, head_dim: int) -> npt.NDArray[np.float32]:
-        """float32 [head_dim / 2], scaling applied."""
+    @property
+    def short_text_tokens(self) -> int | None:
+        """Of LongRoPE: the longest text whose positions are turned by the short factors.
+
+        In a longer one all positions are turned by the long ones.  None: there is one set for all.
+        """
+        if self.scaling is None or self.scaling["rope_type"] != "longrope":
+            return None
+        return int(self.scaling[ORIGINAL_CONTEXT])
+
+    def inverse_frequencies(self, head_dim: int, tokens: int = 1) -> npt.NDArray[np.float32]:
+        """float32 [head_dim / 2], scaling applied; of a text of so many tokens."""
         exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
         plain = (1.0 / np.float32(self.theta) ** exponents).astype(np.float32)
-        return (plain / self.frequency_divisors(head_dim)).astype(np.float32)
+        return (plain / self.frequency_divisors(head_dim, tokens)).astype(np.float32)
 
-    def frequency_divisors(self, head_dim: int) -> npt.NDArray[np.float32]:
+    def frequency_divisors(self, head_dim: int, tokens: int = 1) -> npt.NDArray[np.float32]:
         """float32 [head_dim / 2]: what each frequency is divided by (GGUF's ``rope_freqs``).
 
         Llama 3.1's rule: https://github.com/meta-llama/llama-models, ``apply_scaling``.
         YaRN: Peng et al., arXiv 2309.00071, section 3.2.
+        LongRoPE: Ding et al., arXiv 2402.13753; which factors when: transformers' Phi-3.
+
+        Args:
+            head_dim: or as many of its dimensions as are rotated.
+            tokens: of the text, which only LongRoPE looks at.
         """
         exponents = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
         if self.scaling is None:
             return np.ones(exponents.shape, dtype=np.float32)
+        if self.short_text_tokens is not None:
+            key = "long_factor" if tokens > self.short_text_tokens else "short_factor"
+            return np.array(self.scaling[key], dtype=np.float32)
         factor = float(self.scaling["factor"])
         if self.scaling["rope_type"] == "linear":
             return np.full(exponents.shape, factor, dtype=np.float32)
@@ -75,11 +89,13 @@ def read_rope(config: dict[str, Any], where: str) -> Rope:
         KeyError, TypeError, ValueError: a parameter is missing, or of the wrong kind.
     """
     parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    if parameters.get("rope_type", parameters.get("type")) == "yarn":
+    if _kind(parameters) in ("yarn", "longrope"):
         # Where transformers looks for it, first and last.
-        key = "original_max_position_embeddings"
-        stated = config.get(key) or parameters.get(key) or config["max_position_embeddings"]
-        parameters[key] = stated
+        most = config["max_position_embeddings"]
+        stated = config.get(ORIGINAL_CONTEXT) or parameters.get(ORIGINAL_CONTEXT) or most
+        parameters[ORIGINAL_CONTEXT] = stated
+        if _kind(parameters) == "longrope":
+            parameters.setdefault("factor", most / stated)
     return _rope(parameters, config.get("rope_theta", 10000.0), where)
 
 
@@ -120,7 +136,7 @@ def positive(config: dict[str, Any], key: str) -> float:
 def _rope(parameters: dict[str, Any], theta_beside: Any, where: str) -> Rope:
     stated = parameters.get("rope_theta", theta_beside)
     theta = positive({"rope_theta": stated}, "rope_theta")
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    kind = _kind(parameters)
     if kind == "default":
         return Rope(theta)
     if kind not in SCALINGS:
@@ -130,6 +146,8 @@ def _rope(parameters: dict[str, Any], theta_beside: Any, where: str) -> Rope:
             hint=f"scalings that are known: {', '.join(SCALINGS)}",
         )
     parameters = parameters | {"rope_type": kind}
+    if kind == "longrope":
+        return _longrope(theta, parameters)
     for key in LLAMA3_KEYS if kind == "llama3" else ("factor",):
         positive(parameters, key)
     if kind == "llama3" and parameters["high_freq_factor"] <= parameters["low_freq_factor"]:
@@ -138,7 +156,7 @@ def _rope(parameters: dict[str, Any], theta_beside: Any, where: str) -> Rope:
         return Rope(theta, parameters)
     for key, usual in (("beta_fast", 32.0), ("beta_slow", 1.0)):
         parameters[key] = positive({key: parameters.get(key) or usual}, key)
-    positive(parameters, "original_max_position_embeddings")
+    positive(parameters, ORIGINAL_CONTEXT)
     if theta <= 1.0:
         raise ValueError(f"rope_theta is {theta!r}, which no YaRN stretches")
     return Rope(theta, parameters, _yarn_attention_factor(parameters))
@@ -168,7 +186,7 @@ def _yarn_ramp(theta: float, scaling: dict[str, Any], head_dim: int) -> npt.NDAr
     The bounds are places among the frequencies, those that turn ``beta_fast`` and ``beta_slow``
     times within the original context.
     """
-    context = float(scaling["original_max_position_embeddings"])
+    context = float(scaling[ORIGINAL_CONTEXT])
 
     def place(turns: float) -> float:
         return head_dim * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(theta))
@@ -180,3 +198,22 @@ def _yarn_ramp(theta: float, scaling: dict[str, Any], head_dim: int) -> npt.NDAr
     span = high - low if high != low else 0.001  # as transformers has it
     ramp: npt.NDArray[np.float64] = np.clip((np.arange(head_dim // 2) - low) / span, 0.0, 1.0)
     return ramp
+
+
+def _kind(parameters: dict[str, Any]) -> str:
+    kind = str(parameters.get("rope_type", parameters.get("type", "default")))
+    return "longrope" if kind == "su" else kind  # as the first Phi-3 called it
+
+
+def _longrope(theta: float, parameters: dict[str, Any]) -> Rope:
+    """Its attention factor as stated, or ``sqrt(1 + ln(factor) / ln(original context))``."""
+    context, factor = positive(parameters, ORIGINAL_CONTEXT), positive(parameters, "factor")
+    if context < 2 or int(context) != context:
+        raise ValueError(f"{ORIGINAL_CONTEXT} is {context!r}")
+    scaling: dict[str, Any] = {"rope_type": "longrope", ORIGINAL_CONTEXT: int(context)}
+    for key in ("short_factor", "long_factor"):
+        scaling[key] = [positive({key: value}, key) for value in parameters[key]]
+    if parameters.get("attention_factor") is not None:
+        return Rope(theta, scaling, positive(parameters, "attention_factor"))
+    magnitude = math.sqrt(1.0 + math.log(max(factor, 1.0)) / math.log(context))
+    return Rope(theta, scaling, magnitude)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,30 @@ class SafetensorsFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.tensors: dict[str, StoredTensor] = _read_header(path)
+
+    def split_rows(self, name: str, parts: Mapping[str, int]) -> None:
+        """Give the rows of a tensor names of their own, in the place of its: nothing is read.
+
+        Args:
+            name: of the tensor, a matrix or a vector.
+            parts: name -> rows, in their order; together they are all of them.
+
+        Raises:
+            InputError: the tensor has another number of rows.
+        """
+        whole, rows = self.tensors[name], sum(parts.values())
+        if not whole.shape or whole.shape[0] != rows:
+            raise InputError(
+                f"{name} of shape {whole.shape} does not hold the {rows} rows of "
+                f"{', '.join(parts)} together",
+                where=str(self.path),
+            )
+        del self.tensors[name]
+        row_bytes, start = whole.size_bytes // rows, whole.start
+        for part, count in parts.items():
+            shape, size_bytes = (count, *whole.shape[1:]), count * row_bytes
+            self.tensors[part] = StoredTensor(whole.dtype, shape, start, size_bytes)
+            start += size_bytes
 
     def read(self, name: str) -> npt.NDArray[Any]:
         """The tensor as stored, bfloat16 widened to float32 (which is exact)."""

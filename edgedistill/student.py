@@ -2,6 +2,8 @@
 
 A quantized tensor ``X`` is stored as ``X.codes`` (packed, first element in the low bits),
 ``X.scales`` and, on a grid with integer zeros, ``X.zeros``; its grid stands in ``grids.json``.
+Float matrices that the family's checkpoints fuse (:mod:`edgedistill.fused_tensors`) are stored
+fused, and read and written one by one; quantized ones are stored one by one too.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import numpy.typing as npt
 
 from edgedistill.decoder import DecoderFacts
 from edgedistill.errors import InputError
+from edgedistill.fused_tensors import FusedParts, fused_tensors
 from edgedistill.quantized import FIXED_ZERO, Grid, QTensor, pack_codes, unpack_codes
 from edgedistill.safetensors_file import SafetensorsFile, StoredTensor
 
@@ -47,7 +50,9 @@ class Student:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config: dict[str, Any] = read_json(path / "config.json")
-        self._files = {name: file for file in _open_weights(path) for name in file.tensors}
+        files = _open_weights(path)
+        _take_apart(files, fused_tensors(self.config, where=str(path / "config.json")))
+        self._files = {name: file for file in files for name in file.tensors}
         self.grids: dict[str, Grid] = _read_grids(path / GRIDS_FILE)
 
     @property
@@ -111,6 +116,8 @@ _SUFFIXES = (".codes", ".scales", ".zeros")
 class StudentWriter:
     """Writes a student directory in bounded memory: at most one shard is held.
 
+    Beside it those float parts of fused tensors whose others have not come yet.
+
     Args:
         dst: an empty directory.
         like: the student whose config and tokenizer files are carried over, if there is one.
@@ -126,6 +133,7 @@ class StudentWriter:
             config = like.config
         self._dst = dst
         self._config = config
+        self._fused = FusedParts(fused_tensors(config, where=str(dst / "config.json")))
         self._grids: dict[str, Grid] = {}
         self._shard: dict[str, npt.NDArray[Any]] = {}
         self._shards: list[list[str]] = []
@@ -138,7 +146,8 @@ class StudentWriter:
     def write(self, name: str, value: npt.NDArray[Any] | QTensor) -> None:
         """Add a tensor: a float array is stored in its dtype, a QTensor packed."""
         if not isinstance(value, QTensor):
-            self._add(name, value)
+            for stored, values in self._fused.add(name, value).items():
+                self._add(stored, values)
             return
         self._grids[name] = value.grid
         self._add(f"{name}.codes", pack_codes(value.codes, value.grid.bits))
@@ -148,6 +157,8 @@ class StudentWriter:
 
     def close(self) -> None:
         """Write what is still held, the index and the config."""
+        for name, values in self._fused.rest().items():
+            self._add(name, values)
         self._flush()
         count, weight_map = len(self._shards), {}
         for number, names in enumerate(self._shards, start=1):
@@ -252,6 +263,16 @@ def _read_grids(path: Path) -> dict[str, Grid]:
         if grids[name].bits not in FIXED_ZERO or grids[name].zero not in ("fixed", "integer"):
             raise InputError(f"{name} has an unknown grid: {fields}", where=str(path))
     return grids
+
+
+def _take_apart(files: list[SafetensorsFile], fused: dict[str, dict[str, int]]) -> None:
+    present = {name for file in files for name in file.tensors}
+    for file in files:
+        for name in fused.keys() & file.tensors.keys():
+            twice = sorted(present & fused[name].keys())
+            if twice:
+                raise InputError(f"holds {twice[0]} beside {name}", where=str(file.path))
+            file.split_rows(name, fused[name])
 
 
 def _open_weights(path: Path) -> list[SafetensorsFile]:

@@ -101,6 +101,42 @@ def _add_window(artifact: Path) -> None:
                 node.attribute.add(name="local_window_size", i=WINDOW_TOKENS, type=2)
 
 
+def _lose_windows(artifact: Path) -> None:
+    with edited_graph(artifact) as model:
+        for node in model.graph.node:
+            kept = [a for a in node.attribute if a.name != "local_window_size"]
+            del node.attribute[:]
+            node.attribute.extend(kept)
+
+
+def _rotate_all_alike(artifact: Path) -> None:
+    """Sliding layers read the tables of the layers that attend to all."""
+    with edited_graph(artifact) as model:
+        for node in model.graph.node:
+            if node.op_type == "GroupQueryAttention":
+                node.input[7:9] = ["rope.cos", "rope.sin"]
+
+
+def _sliding_faults() -> list[Fault]:
+    one_base = dict.fromkeys(("full_attention", "sliding_attention"), PLAIN_ROPE)
+    return [
+        Fault(
+            "sliding windows lost",
+            ("lint: sliding layers", LOGITS),
+            {"onnx": in_file(_lose_windows)},
+            remade(with_config(sliding_window=CONTEXT)),
+            "gemma3/float",
+        ),
+        Fault(
+            "sliding layers rotated by the base of the others",
+            ("lint: RoPE theta of sliding layers", LOGITS),
+            {"onnx": in_file(_rotate_all_alike)},
+            remade(with_config(rope_parameters=one_base)),
+            "gemma3/float",
+        ),
+    ]
+
+
 def _windowed(good: Good) -> float:
     with tempfile.TemporaryDirectory() as scratch:
         faulty = with_config(sliding_window=WINDOW_TOKENS)(good, Path(scratch) / "student")
@@ -245,4 +281,5 @@ GRAPH_FAULTS = [
     rope_fault("RoPE scaling dropped", PLAIN_ROPE, "lint: RoPE scaling", "llama3/float"),
     *_row_order_faults(),
     *_cache_faults(),
+    *_sliding_faults(),
 ]

@@ -14,6 +14,7 @@ from edgedistill.errors import ExitCode, UsageError
 from edgedistill.manifest import Manifest
 from edgedistill.preview import describe, preview
 from edgedistill.results import BuildReport
+from tests.peaked import peaked_student
 from tests.recipes import MINIMAL, write_recipe, write_suite
 
 Tiny = Callable[[str], Path]
@@ -128,6 +129,19 @@ def test_a_plan_of_what_is_built_has_nothing_to_run(built: Built) -> None:
     assert preview(replace(built.options, rebench=True)).to_run == 2
     for planned, artifact in zip(plan.artifacts, built.report.artifacts, strict=True):
         assert planned.weight_bytes == pytest.approx(artifact.weight_bytes, rel=0.01)
+
+
+@pytest.mark.slow
+def test_a_gemma_is_verified_in_gguf_and_onnx(tmp_path: Path) -> None:
+    peaked_student(tmp_path / "student", "gemma3")
+    text = MINIMAL.replace("  float: []\n", "").replace("[gguf]", "[gguf, onnx]")
+    recipe = write_recipe(tmp_path, tmp_path / "student", text + "build: {{threads: 1}}\n")
+    report, _ = build(Options(recipe, cache=tmp_path / "cache", exports=tmp_path / "exports"))
+    assert report.exit_code == ExitCode.OK
+    assert [(a.rung, a.format) for a in report.artifacts] == [("int8", "gguf"), ("int8", "onnx")]
+    for artifact in report.artifacts:
+        assert artifact.verification is not None
+        assert all(check.passed for check in artifact.verification.checks)
 
 
 @pytest.mark.slow

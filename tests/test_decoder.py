@@ -123,6 +123,70 @@ def test_tokens_behind_others_equal_transformers(tiny: Callable[[str], Path], fa
     torch.testing.assert_close(torch.cat(found, 1), expected, atol=2e-3, rtol=1e-4)
 
 
+LONGROPE: dict[str, Any] = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.2, 1.4, 1.6, 1.7, 1.8, 2.0],
+    "long_factor": [1.5, 2.5, 4.0, 6.0, 8.0, 9.0, 9.5, 9.9],
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "factor"),
+    [
+        # sqrt(1 + ln(16) / ln(64)), as the context is 16 times the original
+        ("phi4_mini", {"original_max_position_embeddings": 64}, 1.2909944487358056),
+        (
+            "phi3_sliding",
+            {"rope_parameters": LONGROPE, "original_max_position_embeddings": 64},
+            None,
+        ),
+        ("phi3_sliding", {"rope_parameters": LONGROPE | {"attention_factor": 1.3}}, 1.3),
+        ("llama", {"rope_parameters": LONGROPE | {"original_max_position_embeddings": 64}}, None),
+    ],
+)
+def test_longrope_turns_to_its_long_factors_where_transformers_does(
+    tmp_path: Path, family: str, changes: dict[str, Any], factor: float | None
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    student = Student(write_student(tmp_path, family, **changes))
+    if factor is not None:
+        assert student.facts.rope.attention_factor == pytest.approx(factor, rel=1e-12)
+    model = AutoModelForCausalLM.from_pretrained(student.path, dtype=torch.float32).eval()
+    ids = torch.randint(0, 512, (1, 200), generator=torch.Generator().manual_seed(1))
+    logits = {}
+    for tokens in (64, 65, 200):
+        with torch.inference_mode():
+            expected = model(ids[:, :tokens]).logits
+            logits[tokens] = DecoderForward(student).logits(ids[:, :tokens])
+        torch.testing.assert_close(logits[tokens], expected, atol=2e-3, rtol=1e-4)
+    if student.facts.rope.short_text_tokens == 64:
+        # One more token changes what all positions are turned by.
+        assert (logits[65][:, :64] - logits[64]).abs().max() > 0.1
+
+
+def test_a_cache_keeps_keys_as_they_were_turned_when_a_text_grows_long(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    student = Student(write_student(tmp_path, "phi4_mini", original_max_position_embeddings=64))
+    model = AutoModelForCausalLM.from_pretrained(student.path, dtype=torch.float32).eval()
+    ids = torch.randint(0, 512, (1, 80), generator=torch.Generator().manual_seed(1))
+    decoder = DecoderForward(student)
+    blocks = [
+        (decoder.read_block(layer), Past(student.facts, 1, 80))
+        for layer in range(student.facts.layers)
+    ]
+    cache = None
+    with torch.inference_mode():
+        for piece in torch.split(ids, [60, 4, 1, 15], dim=1):
+            out = model(piece, past_key_values=cache, use_cache=True)
+            cache, hidden = out.past_key_values, decoder.embed(piece)
+            for weights, past in blocks:
+                hidden = decoder.through(weights, hidden, past=past)
+            torch.testing.assert_close(decoder.head(hidden), out.logits, atol=2e-3, rtol=1e-4)
+
+
 @pytest.mark.parametrize("family", FAMILY_CONFIGS)
 def test_facts_name_every_tensor_of_a_checkpoint(tiny: Callable[[str], Path], family: str) -> None:
     student = Student(tiny(family))
@@ -203,8 +267,9 @@ def test_windows_of_a_config_that_does_not_list_its_layers(tiny: Callable[[str],
     off = _facts(qwen, layer_types="absent", use_sliding_window="absent")
     assert off.window_tokens is None
     assert _facts(tiny("gemma2"), layer_types="absent").sliding_layers == (True, False, True)
-    mistral = _facts(tiny("mistral"), sliding_window="absent")
+    mistral = _facts(tiny("mistral"), sliding_window="absent", max_position_embeddings=8192)
     assert mistral.window_of(2) == 4096
+    assert _facts(tiny("mistral"), sliding_window=256).window_of(2) is None  # its context is 256
     assert mistral.rope_of(2) == mistral.rope
 
 
@@ -286,6 +351,10 @@ def test_gemmas_config_of_transformers_4_and_5_is_the_same_fact(
     older |= {"rope_theta": 10000.0, "rope_local_base_freq": 500.0, "sliding_window_pattern": 2}
     assert DecoderFacts.from_config(older) == DecoderFacts.from_config(config)
     # What a config may leave out, transformers fills in; every sixth layer attends to all.
+    wide = DecoderFacts.from_config(
+        config | {"layer_types": ["sliding_attention"] * 3, "sliding_window": 256}
+    )
+    assert wide.rope_of(0) == Rope(500.0)  # though the window is none
     bare = {k: v for k, v in older.items() if not k.startswith(("rope_", "sliding_window_p"))}
     facts = DecoderFacts.from_config(bare | {"num_hidden_layers": 7})
     assert facts.sliding_layers == (True,) * 5 + (False, True)
@@ -313,5 +382,44 @@ def test_what_the_facts_of_gemma_do_not_cover_is_refused_by_name(
     tiny: Callable[[str], Path], change: dict[str, Any], named: str
 ) -> None:
     config = Student(tiny("gemma3")).config | change
+    with pytest.raises(InputError, match=named):
+        DecoderFacts.from_config(config)
+
+
+def test_phis_config_of_transformers_4_and_5_is_the_same_fact(
+    tiny: Callable[[str], Path],
+) -> None:
+    config = Student(tiny("phi4_mini")).config
+    parameters = dict(config["rope_parameters"])
+    older = {k: v for k, v in config.items() if k != "rope_parameters"}
+    older |= {"rope_theta": parameters.pop("rope_theta"), "partial_rotary_factor": 0.75}
+    factors = {key: parameters[key] for key in ("short_factor", "long_factor")}
+    older["rope_scaling"] = {"type": "su", **factors}
+    facts = DecoderFacts.from_config(config)
+    assert DecoderFacts.from_config(older) == facts
+    assert (facts.rotary_dim, facts.rope.short_text_tokens) == (12, 256)
+    assert facts.window_tokens is None  # it would be longer than the context
+    assert DecoderFacts.from_config(config | {"sliding_window": 1023}).window_of(2) == 1023
+    del older["original_max_position_embeddings"]
+    assert DecoderFacts.from_config(older).rope.short_text_tokens == 4096
+    assert DecoderFacts.from_config(older).rope.attention_factor == 1.0
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "'linear' of phi3"),
+        ({"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0]}}, "long_factor"),
+        ({"rope_parameters": LONGROPE}, "short_factor has 8 numbers for 12 rotated"),
+        ({"partial_rotary_factor": 1.5, "rope_parameters": None}, "rotates 24 of 16"),
+        ({"partial_rotary_factor": 0.2, "rope_parameters": None}, "rotates 3 of 16"),
+        ({"sliding_window": 0}, "sliding_window"),
+        ({"original_max_position_embeddings": 1}, "original_max_position_embeddings is 1"),
+    ],
+)
+def test_what_the_facts_of_phi_do_not_cover_is_refused_by_name(
+    tiny: Callable[[str], Path], change: dict[str, Any], named: str
+) -> None:
+    config = Student(tiny("phi4_mini")).config | {"partial_rotary_factor": 0.75} | change
     with pytest.raises(InputError, match=named):
         DecoderFacts.from_config(config)

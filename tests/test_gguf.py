@@ -69,6 +69,13 @@ OWN_KEYS: dict[str, dict[str, Any]] = {
         "attention.sliding_window_pattern": [True, False, True],
         "rope.freq_base_swa": 500.0,
     },
+    "phi4_mini": {
+        "rope.dimension_count": 12,  # three quarters of 16
+        "rope.scaling.type": "longrope",
+        "rope.scaling.original_context_length": 256,
+        # sqrt(1 + ln(1024 / 256) / ln(256))
+        "rope.scaling.attn_factor": pytest.approx(1.25**0.5),
+    },
 }
 
 
@@ -121,6 +128,11 @@ def _stored_matrices(path: Path) -> dict[str, tuple[int, npt.NDArray[np.uint8]]]
         short = tensor.name.split(".")[-2]
         if _architecture(reader) in ("llama", "smollm3", "granite") and short in heads:
             blocks = _halves(blocks, heads[short])
+        if _architecture(reader) == "phi3" and short == "ffn_up":
+            # Its first half is what goes through the activation (LLM_FFN_SWIGLU, sequential).
+            gate = _checkpoint_name(tensor.name.replace("ffn_up", "ffn_gate"))
+            stored[gate] = (int(tensor.tensor_type), blocks[: rows // 2])
+            blocks = blocks[rows // 2 :]
         stored[_checkpoint_name(tensor.name)] = (int(tensor.tensor_type), blocks)
     return stored
 
@@ -150,7 +162,7 @@ def _unpack(kind: int, blocks: npt.NDArray[np.uint8]) -> dict[str, npt.NDArray[A
     return unpacked | ({"minima": numbers[..., 1]} if header == 4 else {})
 
 
-@pytest.mark.parametrize("family", ["llama", "llama3", "qwen3", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", "llama3", "qwen3", "gemma3", "phi4_mini"])
 @pytest.mark.parametrize(
     ("grid", "kind"),
     [
@@ -257,7 +269,7 @@ def test_metadata_state_the_model_and_the_context_that_is_claimed(
 
     path = _export(tiny(family), tmp_path, context_tokens=100)
     fields = {key: field.contents() for key, field in gguf.GGUFReader(path).fields.items()}
-    others = {"llama3": "llama", "mistral": "llama", "qwen2_yarn": "qwen2"}
+    others = {"llama3": "llama", "mistral": "llama", "qwen2_yarn": "qwen2", "phi4_mini": "phi3"}
     architecture = others.get(family, family)
     head_dim = FAMILY_CONFIGS[family].get("head_dim", 16)
     assert fields["general.architecture"] == architecture
@@ -274,7 +286,7 @@ def test_metadata_state_the_model_and_the_context_that_is_claimed(
         "rope.freq_base": 10000.0,
         "vocab_size": 512,
     }
-    for key, value in stated.items():
+    for key, value in (stated | OWN_KEYS.get(family, {})).items():
         assert fields[f"{architecture}.{key}"] == value
     assert fields[f"{architecture}.attention.layer_norm_rms_epsilon"] == pytest.approx(1e-5)
     assert fields["general.file_type"] == 1
@@ -287,8 +299,39 @@ def test_metadata_state_the_model_and_the_context_that_is_claimed(
         assert fields["tokenizer.ggml.add_space_prefix"] is False
         assert fields["tokenizer.ggml.add_bos_token"] is False  # as the student's tokenizer
     assert fields["tokenizer.ggml.eos_token_id"] == 2
-    for key, value in OWN_KEYS.get(family, {}).items():
-        assert fields[f"{architecture}.{key}"] == value
+
+
+def test_both_sets_of_longropes_factors_are_stored(tiny: Tiny, tmp_path: Path) -> None:
+    import gguf
+
+    tensors = {t.name: t for t in gguf.GGUFReader(_export(tiny("phi4_mini"), tmp_path)).tensors}
+    config = FAMILY_CONFIGS["phi4_mini"]["rope_parameters"]
+    for kind in ("short", "long"):
+        stored = tensors[f"rope_factors_{kind}.weight"].data
+        assert np.array_equal(stored, np.array(config[f"{kind}_factor"], dtype=np.float32))
+
+
+def test_what_lies_in_one_tensor_on_two_grids_is_refused_before_anything_is_written(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    eight = {"bits": 8}
+    fields: dict[str, Any] = {"bits": 4, "linears": {"v": eight, "up": eight}}
+    (tmp_path / "student").mkdir()
+    stage = load_plugin("stages", "quantize_rtn").model_validate(fields)
+    stage.run(tiny("phi4_mini"), tmp_path / "student")
+    with pytest.raises(InputError, match=r"gate_proj.* is int4 .*up_proj.* is int8 .*ffn_up"):
+        _export(tmp_path / "student", tmp_path / "out")
+    assert not (tmp_path / "out" / "model.gguf").exists()
+    fields["linears"] = {"v": eight}
+    (tmp_path / "other").mkdir()
+    stage = load_plugin("stages", "quantize_rtn").model_validate(fields)
+    stage.run(tiny("phi4_mini"), tmp_path / "other")
+    kinds = {
+        n: kind
+        for n, (kind, _) in _stored_matrices(_export(tmp_path / "other", tmp_path / "o")).items()
+    }
+    facts = Student(tiny("phi4_mini")).facts
+    assert [kinds[facts.linears(1)[short]] for short in ("q", "v", "gate", "up")] == [3, 8, 3, 3]
 
 
 def test_a_linear_scaling_of_the_positions_is_stated(tiny: Tiny, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -9,12 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from edgedistill.decoder import DecoderFacts
 from edgedistill.errors import InputError
 from edgedistill.exporters.gguf import Gguf
 from edgedistill.gguf_file import GgufFile
 from edgedistill.gguf_intake import convert_gguf, read_gguf_facts
 from edgedistill.runtimes.llama_cpp import LlamaCpp
 from edgedistill.student import Student, read_json, write_json
+from edgedistill.verify.own_weights import LOSS_FILE, WeightLoss, write_own_weights
 from tests.artifact_tensors import rewrite_gguf
 from tests.hard_text import hard_strings
 from tests.tiny import FAMILY_CONFIGS, GGUF_FAMILIES
@@ -82,6 +85,59 @@ def test_the_model_that_comes_back_computes_what_went_in(
         assert torch.equal(original(ids).logits, returned(ids).logits)
     assert read_gguf_facts(tmp_path / "out" / "model.gguf") == student.facts
     assert student.facts.max_context_tokens == 128
+
+
+def _as_others_write_it(src: Path, dst: Path) -> Path:
+    """Phi-3 as llama.cpp's own converter writes it: q, k and v in one, a window that is not used.
+
+    It does not say either which kind of scaling its factors are.
+    """
+    import gguf
+
+    reader = gguf.GGUFReader(src)
+    writer = gguf.GGUFWriter(dst, "phi3")
+    for key, field in reader.fields.items():
+        unsaid = ("general.architecture", "phi3.rope.scaling.type")
+        if not key.startswith("GGUF.") and key not in unsaid:
+            inner = field.types[1] if len(field.types) > 1 else None
+            writer.add_key_value(key, field.contents(), field.types[0], inner)
+    writer.add_sliding_window(100)
+    tensors = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
+    for layer in range(3):
+        parts = [tensors.pop(f"blk.{layer}.attn_{short}.weight") for short in "qkv"]
+        tensors[f"blk.{layer}.attn_qkv.weight"] = np.concatenate(parts)
+    for name, values in tensors.items():
+        writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return dst
+
+
+def test_phi_3_as_others_write_it_is_the_same_model(tiny: Tiny, tmp_path: Path) -> None:
+    own = _gguf(tiny("phi4_mini"), tmp_path / "out")
+    other = _as_others_write_it(own, tmp_path / "other.gguf")
+    student, back = _back(other, tmp_path / "back"), _back(own, tmp_path / "own")
+    assert student.facts.window_of(1) == 100
+    assert dataclasses.replace(back.facts, **_window(student.facts)) == student.facts
+    assert student.names() == back.names()
+    for name in student.names():
+        assert np.array_equal(student.read(name), back.read(name))
+    ids, logits = list(range(100, 200)), []
+    for file in (own, other):
+        with LlamaCpp().open(file, context_tokens=128, threads=1) as session:
+            logits.append(np.concatenate(list(session.stream_logits(ids))))
+    assert np.abs(logits[0] - logits[1]).max() < 1e-3
+    (tmp_path / "weights").mkdir()
+    write_own_weights(other, tiny("phi4_mini"), tmp_path / "weights")
+    found = WeightLoss.model_validate_json((tmp_path / "weights" / LOSS_FILE).read_bytes())
+    assert set(found.tensors) == set(Student(tiny("phi4_mini")).names())
+    assert max(loss.relative_error for loss in found.tensors.values()) < 1e-3
+
+
+def _window(facts: DecoderFacts) -> dict[str, Any]:
+    return {"window_tokens": facts.window_tokens, "sliding_layers": facts.sliding_layers}
 
 
 PATTERN, SLIDING_BASE = "gemma3.attention.sliding_window_pattern", "gemma3.rope.freq_base_swa"

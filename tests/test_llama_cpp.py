@@ -16,7 +16,7 @@ from edgedistill.errors import InputError, UsageError
 from edgedistill.exporters.gguf import Gguf
 from edgedistill.quantized import Grid
 from edgedistill.runtimes.llama_cpp import LOGIT_ROWS, LlamaCpp, LlamaCppSession
-from edgedistill.student import Student, dequantize_student
+from edgedistill.student import Student, dequantize_student, read_json, write_json
 from tests.rounded import round_student
 from tests.tiny import FAMILY_CONFIGS, GGUF_FAMILIES
 
@@ -371,3 +371,32 @@ def test_the_librarys_structures_are_those_it_was_built_with() -> None:
     assert (parameters.type_k, parameters.type_v) == (1, 1)  # float16
     assert parameters.n_outputs_max == 0
     assert ctypes.sizeof(llama_cpp.llama_context_params) > 100
+
+
+def test_phi_3s_window_is_none_up_to_a_context_that_it_covers(tmp_path: Path) -> None:
+    from tests.tiny import write_student
+
+    student = write_student(tmp_path / "student", "phi3_sliding", sliding_window=255)
+    with pytest.raises(InputError, match=r"256 is more than a window of 255 .*phi3 has not"):
+        Gguf().export(Student(student), tmp_path, context_tokens=256)
+    Gguf().export(Student(student), tmp_path, context_tokens=255)
+    with LlamaCpp().open(tmp_path, context_tokens=255, threads=1) as session:
+        assert _kl(_float32_logits(student, IDS), _streamed(session, IDS)) < 1e-4
+
+
+def test_llama_cpp_takes_longropes_factors_by_the_context_and_not_by_the_text(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    """Why no artifact claims more than the original context: a short text would be another's."""
+    student = tiny("phi4_mini")
+    with pytest.raises(InputError, match=r"257 is more than the 256 tokens .*short factors"):
+        Gguf().export(Student(student), tmp_path, context_tokens=257)
+    expected = _float32_logits(student, IDS)
+    with _open(student, tmp_path, context_tokens=512) as session:
+        longer = _streamed(session, IDS)
+    assert _kl(expected, longer) > 0.1
+    long = Path(shutil.copytree(student, tmp_path / "long"))
+    config = read_json(long / "config.json") | {"original_max_position_embeddings": 100}
+    config["rope_parameters"]["attention_factor"] = 1.25**0.5  # which follows from 256
+    write_json(long / "config.json", config)
+    assert _kl(_float32_logits(long, IDS), longer) < 1e-4

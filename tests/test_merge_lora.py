@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -72,6 +73,56 @@ def test_merged_student_equals_pefts_adapted_model(
         expected = adapted(torch.arange(40)[None]).logits[0]
     assert (expected - _logits(student.path)).abs().max() > 0.1  # the adapter does something
     torch.testing.assert_close(_logits(merged), expected, atol=1e-3, rtol=1e-4)
+
+
+def _write_fused_adapter(student: Path, directory: Path) -> Path:
+    """On every matrix of the blocks as transformers has them, each with a rank of its own."""
+    rng = np.random.default_rng(7)
+    directory.mkdir()
+    tensors: dict[str, Any] = {}
+    for name, values in load_file(student / "model.safetensors").items():
+        if name.endswith("_proj.weight"):
+            prefix = f"base_model.model.{name.removesuffix('.weight')}"
+            for factor, shape in (("A", (4, values.shape[1])), ("B", (values.shape[0], 4))):
+                drawn = rng.normal(0, 0.2, shape).astype(np.float32)
+                tensors[f"{prefix}.lora_{factor}.weight"] = drawn
+    save_file(tensors, directory / "adapter_model.safetensors")
+    modules = sorted({name.split(".")[-3] for name in tensors})
+    assert modules == ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"]
+    fields = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8}
+    fields |= {"target_modules": modules, "bias": "none", "base_model_name_or_path": ""}
+    (directory / "adapter_config.json").write_text(json.dumps(fields))
+    return directory
+
+
+def test_an_adapter_of_fused_modules_is_merged_as_peft_adapts_them(
+    tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    student = tiny("phi3_sliding")
+    stage = MergeLora(adapter=_write_fused_adapter(student, tmp_path / "adapter"))
+    assert stage.problems(Student(student).facts, quantized=False) == []
+    (merged := tmp_path / "merged").mkdir()
+    stage.run(student, merged)
+    base = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
+    with torch.inference_mode():
+        adapted = PeftModel.from_pretrained(base, stage.adapter).eval()
+        expected = adapted(torch.arange(40)[None]).logits[0]
+    assert (expected - _logits(student)).abs().max() > 0.1
+    torch.testing.assert_close(_logits(merged), expected, atol=1e-3, rtol=1e-4)
+
+
+def test_fused_modules_of_another_shape_are_refused_before_any_work(
+    tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    adapter = _write_fused_adapter(tiny("phi3_sliding"), tmp_path / "adapter")
+    narrow = dataclasses.replace(Student(tiny("phi3_sliding")).facts, ffn_size=96)
+    (problem,) = MergeLora(adapter=adapter).problems(narrow, False)
+    assert "gate_up_proj.weight with 256 rows, the student's has 192" in problem
+    (problem,) = MergeLora(adapter=adapter).problems(Student(tiny("llama")).facts, False)
+    assert "gate_up_proj.weight, which the student does not have" in problem
 
 
 def test_two_adapters_merge_in_order(tiny: Callable[[str], Path], tmp_path: Path) -> None:

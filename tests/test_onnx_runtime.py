@@ -19,7 +19,7 @@ from edgedistill.runtimes.onnx_runtime import OnnxRuntime
 from edgedistill.session import Logits, Session
 from edgedistill.student import dequantize_student
 from tests.test_onnx import CONTEXT_TOKENS, GRIDS, export, quantize
-from tests.tiny import PLAIN_FAMILIES, write_student
+from tests.tiny import ONNX_FAMILIES, write_student
 
 IDS: list[int] = np.random.default_rng(1).integers(0, 512, 201).tolist()  # two chunks, odd
 
@@ -57,7 +57,7 @@ def artifact(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFacto
     return export(tiny("llama"), tmp_path_factory.mktemp("onnx") / "float")
 
 
-@pytest.mark.parametrize("family", PLAIN_FAMILIES)
+@pytest.mark.parametrize("family", ONNX_FAMILIES)
 def test_float_logits_are_those_of_transformers(
     tiny: Callable[[str], Path], tmp_path: Path, family: str
 ) -> None:
@@ -95,7 +95,7 @@ def test_output_and_input_biases_are_added(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-@pytest.mark.parametrize("family", ["llama", "llama3", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "llama3", "qwen2", "gemma3"])
 def test_quantized_logits_are_those_of_the_dequantized_copy(
     tiny: Callable[[str], Path], tmp_path: Path, family: str, grid: Grid
 ) -> None:
@@ -111,6 +111,20 @@ def test_quantized_logits_are_those_of_the_dequantized_copy(
     assert divergence(expected, exact) <= 1e-8
     # 8-bit activations; a student of 64 columns feels them more than a real one does.
     assert 1e-8 < divergence(expected, shipped) <= 0.2
+
+
+@pytest.mark.parametrize("family", ONNX_FAMILIES)
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_every_family_is_right_on_a_4_bit_grid(tmp_path: Path, family: str, tied: bool) -> None:
+    student = write_student(tmp_path / "s", family, tie_word_embeddings=tied)
+    q = quantize(student, tmp_path / "q", Grid(4, 32, "integer"))
+    (tmp_path / "d").mkdir()
+    dequantize_student(q, tmp_path / "d")
+    expected = judge(tmp_path / "d")
+    with open_session(export(q, tmp_path / "o"), accuracy_level=1) as session:
+        prompt = session.prefill(IDS[:40])
+        rest = np.stack([session.step(token) for token in IDS[40:120]])
+    assert divergence(expected[39:120], np.concatenate([prompt[None], rest])) <= 1e-8
 
 
 def test_embeddings_may_stay_finer_than_the_linears(

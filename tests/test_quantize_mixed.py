@@ -58,6 +58,23 @@ def read_allocation(directory: Path) -> Allocation:
 
 
 @pytest.mark.slow
+def test_what_lies_in_one_tensor_of_a_format_gets_one_grid(tiny: Tiny, tmp_path: Path) -> None:
+    """Gate and up in GGUF's Phi-3; another format leaves each to itself."""
+    stage = QuantizeMixed(bits_per_weight=4.0, formats=("gguf",), calibration=TEXT)
+    source, exporter = tiny("phi4_mini"), load_plugin("exporters", "gguf")()
+    facts = Student(source).facts
+    (together := tmp_path / "together").mkdir()
+    stage.run(source, together)
+    grids, linears = Student(together).grids, [facts.linears(layer) for layer in range(3)]
+    assert len(set(grids.values())) > 1
+    assert [grids[of["gate"]] for of in linears] == [grids[of["up"]] for of in linears]
+    (tmp_path / "gguf").mkdir()
+    exporter.export(Student(together), tmp_path / "gguf", context_tokens=64)
+    assert exporter.weight_bytes(tmp_path / "gguf") <= 4 * facts.parameters // 8
+    assert MixedBytes(facts, ("onnx",)).alike[linears[0]["up"]] == (linears[0]["up"],)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_exported_file_is_never_over_the_target(mixed: Path, tmp_path: Path, name: str) -> None:
     exporter = load_plugin("exporters", name)()

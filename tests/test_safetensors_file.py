@@ -44,6 +44,25 @@ def test_every_dtype_is_read_as_the_library_reads_it(whole: Path) -> None:
         assert np.array_equal(value, widened.numpy())
 
 
+@pytest.mark.parametrize("name", ["half", "brain", "single"])
+def test_rows_are_read_as_tensors_of_their_own(whole: Path, name: str) -> None:
+    file = SafetensorsFile(whole)
+    expected = file.read(name)
+    file.split_rows(name, {"above": 1, "below": len(expected) - 1})
+    assert name not in file.tensors
+    assert np.array_equal(file.read("above"), expected[:1])
+    assert np.array_equal(file.read("below"), expected[1:])
+    assert file.tensors["below"].size_bytes == file.tensors["above"].size_bytes * (
+        len(expected) - 1
+    )
+
+
+@pytest.mark.parametrize("name", ["half", "one", "none"])
+def test_rows_that_a_tensor_does_not_have_are_refused(whole: Path, name: str) -> None:
+    with pytest.raises(InputError, match=rf"{name} of shape .* 9 rows of above, below"):
+        SafetensorsFile(whole).split_rows(name, {"above": 4, "below": 5})
+
+
 @pytest.mark.parametrize("kept", [0, 4, 8, 60, -1])
 def test_a_truncated_file_is_refused_with_a_hint(whole: Path, kept: int) -> None:
     whole.write_bytes(whole.read_bytes()[:kept])

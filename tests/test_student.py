@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from edgedistill.student import (
     write_json,
 )
 from tests.rounded import random_grid_student, random_tensor
+from tests.tiny import FUSED_MODULES, parts_of
 
 Tiny = Callable[[str], Path]
 
@@ -202,3 +204,107 @@ def test_grids_stand_beside_the_weights(tiny: Tiny, tmp_path: Path) -> None:
     assert stored == {"x.weight": {"bits": 4, "group_size": 32, "zero": "integer"}}
     # Two codes a byte: the packed matrix has half as many columns.
     assert Student(tmp_path).stored("x.weight.codes").shape == (2, 32)
+
+
+def _stored(directory: Path) -> dict[str, np.ndarray]:
+    from safetensors.numpy import load_file
+
+    stored: dict[str, np.ndarray] = {}
+    for file in directory.glob("*.safetensors"):
+        stored |= load_file(file)
+    return stored
+
+
+def test_parts_of_a_fused_tensor_are_tensors_of_their_own(tiny: Tiny) -> None:
+    student, stored = Student(tiny("phi3_sliding")), _stored(tiny("phi3_sliding"))
+    rows_of = {"q": 64, "k": 32, "v": 32, "gate": 128, "up": 128}
+    for module in FUSED_MODULES:
+        whole = f"model.layers.1.{module}.weight"
+        assert whole not in student
+        assert whole not in student.names()
+        with pytest.raises(InputError, match="has no tensor"):
+            student.read(whole)
+        start = 0
+        for name in parts_of(whole):
+            rows = rows_of[name.split(".")[-2].removesuffix("_proj")]
+            assert name in student
+            assert name in student.names()
+            assert student.shape(name) == student.stored(name).shape == (rows, 64)
+            assert np.array_equal(student.read(name), stored[whole][start : start + rows])
+            start += rows
+        assert start == len(stored[whole])
+
+
+def test_reading_a_part_maps_no_more_than_its_rows(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student, mapped = Student(tiny("phi3_sliding")), list[int]()
+
+    def memmap(*args: Any, **kwargs: Any) -> np.ndarray:
+        array = real(*args, **kwargs)
+        mapped.append(array.nbytes)
+        return array
+
+    real = np.memmap
+    monkeypatch.setattr(np, "memmap", memmap)
+    student.read(student.facts.linears(1)["k"])
+    assert mapped == [4 * 32 * 64]
+
+
+def test_what_is_written_part_by_part_is_the_checkpoint_again(tiny: Tiny, tmp_path: Path) -> None:
+    source, stored = tiny("phi4_mini"), _stored(tiny("phi4_mini"))
+    written = _rewrite(source, tmp_path / "out")
+    again = _stored(written.path)
+    assert set(again) == set(stored)
+    for name, values in stored.items():
+        assert again[name].tobytes() == values.tobytes()
+    assert written.names() == Student(source).names()
+
+
+def test_a_fused_student_that_is_quantized_and_dequantized_opens_in_transformers(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    """Its matrices are stored one by one while they are quantized."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    packed = random_grid_student(tiny("phi3_sliding"), tmp_path / "packed", Grid(4, 32, "integer"))
+    assert not [name for name in _stored(packed) if "qkv_proj" in name or "gate_up" in name]
+    (plain := tmp_path / "plain").mkdir()
+    dequantize_student(packed, plain)
+    model = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)
+    student = Student(packed)
+    for name, parameter in model.named_parameters():
+        expected = np.concatenate([student.read(part) for part in parts_of(name)])
+        assert np.array_equal(parameter.detach().numpy(), expected)
+
+
+def test_float_parts_beside_quantized_ones_are_kept(tiny: Tiny, tmp_path: Path) -> None:
+    source = Student(tiny("phi3_sliding"))
+    q, k, v = (source.facts.linears(0)[short] for short in "qkv")
+    with StudentWriter(tmp_path, source) as writer:
+        writer.write(q, random_tensor(Grid(4, 32), 64, 64))
+        for name in source.names():
+            if name != q:
+                writer.write(name, source.read(name))
+    student = Student(tmp_path)
+    assert student.names() == source.names()
+    assert list(student.grids) == [q]
+    for name in (k, v):
+        assert np.array_equal(student.read(name), source.read(name))
+
+
+def test_a_fused_tensor_of_other_rows_or_beside_its_parts_is_refused(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    from safetensors.numpy import save_file
+
+    copied = Path(shutil.copytree(tiny("phi3_sliding"), tmp_path / "student"))
+    stored, fused = _stored(copied), "model.layers.1.mlp.gate_up_proj.weight"
+    file = copied / "model.safetensors"
+    save_file(stored | {fused: stored[fused][:-1].copy()}, file, {"format": "pt"})
+    with pytest.raises(InputError, match=rf"{fused} of shape \(255, 64\) does not hold the 256"):
+        Student(copied)
+    save_file(stored | {Student(tiny("phi3_sliding")).facts.linears(1)["up"]: stored[fused]}, file)
+    with pytest.raises(InputError, match=rf"up_proj.weight beside {fused}"):
+        Student(copied)

@@ -12,19 +12,20 @@ import numpy as np
 import pytest
 
 from edgedistill.errors import InputError
-from edgedistill.gguf_layout import tensor_name
+from edgedistill.gguf_layout import checkpoint_names, tensor_name
 from edgedistill.plugins import load_plugin
 from edgedistill.quantized import Grid
 from edgedistill.results import Check
 from edgedistill.student import Student, StudentWriter
 from edgedistill.verify.lint import lint_artifact
-from edgedistill.verify.lint_gguf import checkpoint_name
 from edgedistill.verify.side_files import read_ends
 from edgedistill.verify.stated import table_frequencies, theta_and_divisors
+from tests.artifact_tensors import OnnxTensors, edited_graph
 from tests.rounded import round_student, round_tensor
 from tests.tiny import EXPORTS, FAMILY_CONFIGS
 
 Tiny = Callable[[str], Path]
+Edit = Callable[[dict[str, Any]], None]
 FORMATS = ("gguf", "onnx", "coreml")
 CONTEXT = 96
 GRIDS = (
@@ -55,6 +56,7 @@ def failed(checks: list[Check]) -> set[str]:
 
 
 SLIDING_LAST = ["full_attention"] * 2 + ["sliding_attention"]
+SHORTER = FAMILY_CONFIGS["phi4_mini"]["rope_parameters"] | {"short_factor": [1.0] * 6}
 YARN = FAMILY_CONFIGS["qwen2_yarn"]["rope_parameters"]
 
 
@@ -65,9 +67,13 @@ def edit_json(path: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
 
 
 WINDOWS = {"sliding window", "sliding layers", "RoPE theta of sliding layers"}
-# What a GGUF of a family is checked for beyond plain blocks.
+# What a GGUF or ONNX of a family is checked for beyond plain blocks.
 OWN_CHECKS = {
+    "mistral_sliding": WINDOWS,
     "qwen2_yarn": {"RoPE magnitude"},
+    "qwen3_sliding": WINDOWS,
+    "phi3_sliding": WINDOWS,
+    "phi4_mini": {"RoPE magnitude"},
     "smollm3": {"layers without rotation"},
     "granite": {"attention scale", "embedding scale", "residual scale", "divisor of logits"},
     "gemma2": WINDOWS | {"embedding scale", "soft cap of attention", "soft cap of logits"},
@@ -99,10 +105,10 @@ def test_what_is_exported_passes(tiny: Tiny, tmp_path: Path, family: str, format
         "tied embeddings",
         "chat template",
     }
-    own = OWN_CHECKS.get(family, set()) if format_name == "gguf" else set()
+    own = OWN_CHECKS.get(family, set()) if format_name != "coreml" else set()
     assert everywhere | own <= names
     # What plain blocks have on both sides is not told.
-    assert own == names & set().union(*OWN_CHECKS.values()) or format_name != "gguf"
+    assert own == names & set().union(*OWN_CHECKS.values()) or format_name == "coreml"
 
 
 @pytest.mark.parametrize(("format_name", "grid"), HELD, ids=str)
@@ -298,6 +304,7 @@ def test_a_changed_number_of_a_gguf_is_named(
         ("qwen2_yarn", "qwen2.rope.scaling.original_context_length", 256, "RoPE scaling"),
         ("qwen2_yarn", "qwen2.rope.scaling.attn_factor", 1.1, "RoPE magnitude"),
         ("qwen2_yarn", "qwen2.rope.freq_base", 500.0, "RoPE theta"),
+        ("phi4_mini", "phi3.rope.scaling.attn_factor", 1.0, "RoPE magnitude"),
         ("granite", "granite.attention.scale", 0.5, "attention scale"),
         ("granite", "granite.attention.scale", 0.0, "attention scale"),
         ("granite", "granite.embedding_scale", 1.0, "embedding scale"),
@@ -330,6 +337,8 @@ def test_a_changed_number_of_a_family_is_named(
         ),
         ("smollm3", {"no_rope_layers": [1, 0, 1, 1]}, {"layers without rotation"}),
         ("llama", {"rope_parameters": YARN}, {"RoPE scaling", "RoPE magnitude"}),
+        ("phi4_mini", {"rope_parameters": SHORTER}, {"RoPE scaling"}),
+        ("phi4_mini", {"sliding_window": 95}, {"sliding window", "sliding layers"}),
         ("gemma3", {"final_logit_softcapping": 8.0}, {"soft cap of logits"}),
         ("gemma3", {"query_pre_attn_scalar": 16}, {"attention scale"}),
     ],
@@ -390,9 +399,10 @@ def test_names_of_a_gguf_are_the_packages_own(tiny: Tiny, family: str) -> None:
     for name in facts.tensor_shapes():
         there = str(names.get_name(name, try_suffixes=(".weight", ".bias")))
         assert tensor_name(facts, name) == there
-        assert checkpoint_name(there, family) == name
+        assert checkpoint_names(there, family) == [name]
 
 
+@pytest.mark.parametrize("format_name", ["gguf", "onnx"])
 @pytest.mark.parametrize(
     ("fault", "name"),
     [
@@ -404,13 +414,69 @@ def test_names_of_a_gguf_are_the_packages_own(tiny: Tiny, family: str) -> None:
     ],
 )
 def test_what_a_gemma_does_otherwise_is_named(
-    tiny: Tiny, tmp_path: Path, fault: Callable[[dict[str, Any]], None], name: str
+    tiny: Tiny, tmp_path: Path, fault: Edit, name: str, format_name: str
 ) -> None:
     faulty = shutil.copytree(tiny("gemma3"), tmp_path / "faulty")
     edit_json(faulty / "config.json", fault)
-    found = failed(lint(export(faulty, tmp_path / "a", "gguf"), "gguf", tiny("gemma3")))
+    found = failed(lint(export(faulty, tmp_path / "a", format_name), format_name, tiny("gemma3")))
     assert name in found
     assert found <= {name, "sliding layers", "RoPE theta of sliding layers"}
+
+
+def of_attention(model: Any) -> list[Any]:
+    return [node for node in model.graph.node if node.op_type == "GroupQueryAttention"]
+
+
+def another_window_in_one_layer(model: Any) -> None:
+    (window,) = (a for a in of_attention(model)[2].attribute if a.name == "local_window_size")
+    window.i = 17
+
+
+def no_window_in_one_layer(model: Any) -> None:
+    kept = [a for a in of_attention(model)[2].attribute if a.name != "local_window_size"]
+    del of_attention(model)[2].attribute[:]
+    of_attention(model)[2].attribute.extend(kept)
+
+
+def tables_of_the_other_layers(model: Any) -> None:
+    for node in (of_attention(model)[0], of_attention(model)[2]):
+        node.input[7:9] = ["rope.cos", "rope.sin"]
+
+
+@pytest.mark.parametrize(
+    ("edit", "name"),
+    [
+        (another_window_in_one_layer, "sliding layers"),
+        (no_window_in_one_layer, "sliding layers"),
+        (tables_of_the_other_layers, "RoPE theta of sliding layers"),
+    ],
+)
+def test_a_layer_of_a_graph_that_attends_otherwise_is_named(
+    tiny: Tiny, tmp_path: Path, edit: Callable[[Any], None], name: str
+) -> None:
+    artifact = export(tiny("gemma3"), tmp_path / "a", "onnx")
+    with edited_graph(artifact) as model:
+        edit(model)
+    assert failed(lint(artifact, "onnx", tiny("gemma3"))) == {name}
+
+
+def test_a_rotation_without_its_factor_is_named(tiny: Tiny, tmp_path: Path) -> None:
+    artifact = export(tiny("qwen2_yarn"), tmp_path / "a", "onnx")
+    for table in OnnxTensors(artifact, Student(tiny("qwen2_yarn")).facts).rope_tables():
+        table /= table.max()
+    assert failed(lint(artifact, "onnx", tiny("qwen2_yarn"))) == {"RoPE magnitude"}
+
+
+def other_yarn(config: dict[str, Any]) -> None:
+    config["rope_parameters"]["factor"] = 8.0
+
+
+def test_a_yarn_of_another_factor_is_named(tiny: Tiny, tmp_path: Path) -> None:
+    faulty = shutil.copytree(tiny("qwen2_yarn"), tmp_path / "faulty")
+    edit_json(faulty / "config.json", other_yarn)
+    found = failed(lint(export(faulty, tmp_path / "a", "onnx"), "onnx", tiny("qwen2_yarn")))
+    assert {"RoPE scaling", "RoPE magnitude"} <= found
+    assert found <= {"RoPE scaling", "RoPE magnitude", "RoPE theta"}
 
 
 @pytest.mark.parametrize("format_name", FORMATS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -98,17 +99,44 @@ FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
         },
     },
+    "phi3_sliding": {"model_type": "phi3", "tie_word_embeddings": False, "sliding_window": 16},
+    "phi4_mini": {
+        "model_type": "phi3",
+        "tie_word_embeddings": True,
+        "sliding_window": 4096,  # beyond its context, so it is none
+        "max_position_embeddings": 1024,
+        "original_max_position_embeddings": 256,
+        "partial_rotary_factor": 0.75,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.75,
+            "short_factor": [1.0, 1.1, 1.2, 1.4, 1.7, 2.0],
+            "long_factor": [1.5, 2.5, 4.0, 6.0, 8.0, 9.0],
+        },
+    },
 }
-# Those that every format holds; ONNX and Core ML refuse the others by name.
+# A module of transformers' Phi3Attention and Phi3MLP -> what is in its rows, in their order.
+FUSED_MODULES = {
+    "self_attn.qkv_proj": [f"self_attn.{short}_proj" for short in "qkv"],
+    "mlp.gate_up_proj": ["mlp.gate_proj", "mlp.up_proj"],
+}
+# Those that every format holds; Core ML refuses the others by name.
 PLAIN_FAMILIES = ["llama", "llama3", "mistral", "qwen2", "qwen3"]
-# Those that llama.cpp runs: its architectures of Mistral and Qwen have no sliding windows.
+# Those that llama.cpp runs: its architectures of Mistral, Qwen and Phi-3 have no sliding windows.
 GGUF_FAMILIES = [family for family in FAMILY_CONFIGS if not family.endswith("_sliding")]
-EXPORTS = [
-    (family, name)
-    for family in FAMILY_CONFIGS
-    for name in ("gguf", "onnx", "coreml")
-    if family in (GGUF_FAMILIES if name == "gguf" else PLAIN_FAMILIES)
-]
+# Those that ONNX Runtime runs: it rotates multiples of 16 dimensions, and that one has 12.
+ONNX_FAMILIES = [family for family in FAMILY_CONFIGS if family != "phi4_mini"]
+HELD = {"gguf": GGUF_FAMILIES, "onnx": ONNX_FAMILIES, "coreml": PLAIN_FAMILIES}
+EXPORTS = [(family, name) for family in FAMILY_CONFIGS for name in HELD if family in HELD[name]]
+
+
+def parts_of(parameter: str) -> list[str]:
+    """The student's tensors, in order, of which a parameter of transformers has the rows."""
+    for fused, modules in FUSED_MODULES.items():
+        if fused in parameter:
+            return [parameter.replace(fused, module) for module in modules]
+    return [parameter]
 
 
 def write_tokenizer(directory: Path, vocab_size: int = 512) -> None:
@@ -180,7 +208,8 @@ def write_student(directory: Path, family: str = "llama", seed: int = 0, **chang
         "pad_token_id": 2,
         "hidden_act": "silu",
     }
-    fields |= FAMILY_CONFIGS[family] | changes
+    # transformers fills in what rope_parameters leave out, in the dictionary that it is given.
+    fields |= copy.deepcopy(FAMILY_CONFIGS[family] | changes)
     gemma = fields["model_type"] in ("gemma2", "gemma3_text")
     if gemma:
         del fields["hidden_act"]

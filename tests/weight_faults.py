@@ -12,8 +12,11 @@ from edgedistill.student import Student, write_json
 from tests.artifact_tensors import StudentTensors, Tensors
 from tests.mutations import (
     LOGITS,
+    Fault,
+    edited,
     fault_in_input,
     fault_in_weights,
+    in_tensors,
     misread_as_float16,
     with_config,
     with_edit,
@@ -43,6 +46,12 @@ def zero_norm(t: Tensors) -> None:
 
 def lose_final_norm(t: Tensors) -> None:
     t[t.facts.final_norm][...] = 1
+
+
+def lose_norm_offset(t: Tensors) -> None:
+    """Formats hold what Gemma's norms multiply by, 1 + w; here they get w."""
+    for name in t.facts.all_norms():
+        t[name][...] -= 1
 
 
 def exchange_norms(t: Tensors) -> None:
@@ -158,6 +167,13 @@ def merge_adapter(times: float) -> Any:
 WEIGHT_FAULTS = [
     fault_in_weights("two layers swapped", swap_layers),
     fault_in_weights("a norm zeroed", zero_norm),
+    Fault(
+        "norms of w, not 1 + w",
+        (LOGITS,),
+        {f: in_tensors(f, lose_norm_offset) for f in ("gguf", "onnx")},
+        edited(lose_norm_offset),
+        "gemma3/float",
+    ),
     fault_in_weights("the last norm lost", lose_final_norm),
     fault_in_weights("the norms of a block exchanged", exchange_norms),
     fault_in_weights("q/k norms lost", lose_head_norms, good="qwen3/float"),

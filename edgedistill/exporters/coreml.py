@@ -78,6 +78,7 @@ class Coreml(Exporter):
                 f"context_tokens is {context_tokens}, the student knows 1 to {longest}",
                 where=str(student.path),
             )
+        self.refuse_context(student, context_tokens)
         model = _convert(student, context_tokens)
         spec = model.get_spec()
         _describe(spec, student, context_tokens)

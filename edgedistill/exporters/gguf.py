@@ -21,12 +21,21 @@ from edgedistill.gguf_blocks import F16, F32, LAYOUTS, BlockLayout, pack_blocks
 from edgedistill.gguf_file import GgufFile, gguf_package
 from edgedistill.gguf_layout import (
     ARCHITECTURES,
+    LONG_DIVISORS,
     ROPE_DIVISORS,
+    ROPE_TENSORS,
+    SHORT_DIVISORS,
+    file_shape,
+    file_tensors,
     norm_offset,
     row_order,
-    tensor_name,
 )
-from edgedistill.gguf_limits import gguf_problems, window_period
+from edgedistill.gguf_limits import (
+    gguf_context_limit,
+    gguf_problems,
+    has_windows,
+    window_period,
+)
 from edgedistill.gguf_vocabulary import GgufVocabulary, read_vocabulary
 from edgedistill.progress import track
 from edgedistill.quantized import Grid, QTensor
@@ -56,6 +65,15 @@ class Gguf(Exporter):
         """What llama.cpp's architecture of the family takes for granted."""
         return gguf_problems(facts)
 
+    def context_limit(self, facts: DecoderFacts) -> tuple[int, str]:
+        """Less where llama.cpp has no windows, or takes other rotations for a long context."""
+        limits = [super().context_limit(facts), gguf_context_limit(facts)]
+        return min(limit for limit in limits if limit is not None)
+
+    def alike(self, facts: DecoderFacts) -> list[tuple[str, ...]]:
+        """What lies on top of each other in one tensor, which has one type."""
+        return [tuple(names) for names in file_tensors(facts).values() if len(names) > 1]
+
     def stored_bytes(self, shape: tuple[int, ...], grid: Grid | None) -> int:
         """Whole blocks; F16 of a matrix without a grid, F32 of a vector."""
         layout = LAYOUTS[grid] if grid else F16 if len(shape) == 2 else F32
@@ -64,16 +82,13 @@ class Gguf(Exporter):
     def export(self, student: Student, dst: Path, *, context_tokens: int) -> None:
         """Write ``model.gguf``; tied embeddings are stored once, llama.cpp ties them by itself."""
         self.refuse_misfit(student)
+        self.refuse_context(student, context_tokens)
         facts = student.facts
-        if context_tokens > facts.max_context_tokens:
-            raise InputError(
-                f"context_tokens {context_tokens} is more than the model's own "
-                f"{facts.max_context_tokens}",
-                where=str(student.path / "config.json"),
-            )
+        tensors = file_tensors(facts)
         layouts = {
             name: _layout(student, name, shape) for name, shape in facts.tensor_shapes().items()
         }
+        _refuse_two_layouts(student, tensors, layouts)
         writer: GGUFWriter = gguf_package().GGUFWriter(
             dst / WEIGHTS_FILE, ARCHITECTURES[facts.family]
         )
@@ -82,25 +97,26 @@ class Gguf(Exporter):
         writer.add_quantization_version(QUANTIZATION_VERSION)
         _add_vocabulary(writer, read_vocabulary(student))
         divisors = _rope_divisors(facts)
-        if divisors is not None:
-            _add_info(writer, ROPE_DIVISORS, divisors.shape, F32)
-        for name, layout in layouts.items():
-            _add_info(writer, tensor_name(facts, name), student.shape(name), layout)
+        for stored, values in divisors.items():
+            _add_info(writer, stored, values.shape, F32)
+        for stored, names in tensors.items():
+            _add_info(writer, stored, file_shape(facts, names), layouts[names[0]])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         try:
-            if divisors is not None:
-                writer.write_tensor_data(divisors)
-            for name, layout in track(layouts.items(), len(layouts), "writing GGUF"):
-                writer.write_tensor_data(_data(student, facts, name, layout))
+            for values in divisors.values():
+                writer.write_tensor_data(values)
+            for names in track(tensors.values(), len(tensors), "writing GGUF"):
+                parts = [_data(student, facts, name, layouts[name]) for name in names]
+                writer.write_tensor_data(parts[0] if len(parts) == 1 else np.concatenate(parts))
         finally:
             writer.close()
 
     def weight_bytes(self, artifact: Path) -> int:
-        """Bytes of all tensors, without padding, metadata and tokenizer."""
-        tensors = GgufFile(artifact / WEIGHTS_FILE).tensors.values()
-        return sum(tensor.size_bytes for tensor in tensors)
+        """Bytes of all tensors, without rotary factors, padding, metadata and tokenizer."""
+        tensors = GgufFile(artifact / WEIGHTS_FILE).tensors
+        return sum(t.size_bytes for name, t in tensors.items() if name not in ROPE_TENSORS)
 
 
 def _layout(student: Student, name: str, shape: tuple[int, ...]) -> BlockLayout:
@@ -119,6 +135,19 @@ def _layout(student: Student, name: str, shape: tuple[int, ...]) -> BlockLayout:
             hint=f"grids that fit: {', '.join(map(str, LAYOUTS))}",
         )
     return LAYOUTS[grid]
+
+
+def _refuse_two_layouts(
+    student: Student, tensors: dict[str, list[str]], layouts: dict[str, BlockLayout]
+) -> None:
+    for stored, names in tensors.items():
+        if len({layouts[name] for name in names}) > 1:
+            kinds = [f"{n} is {student.grids.get(n, 'not quantized')}" for n in names]
+            raise InputError(
+                f"{' and '.join(kinds)}, which GGUF's {stored} cannot be at once",
+                where=str(student.path),
+                hint="quantize them on one grid",
+            )
 
 
 def _data(
@@ -161,12 +190,19 @@ def _file_type(facts: DecoderFacts, layouts: dict[str, BlockLayout]) -> int:
     return weights.most_common(1)[0][0].file_type
 
 
-def _rope_divisors(facts: DecoderFacts) -> npt.NDArray[np.float32] | None:
-    """float32 [head_dim / 2]: Llama 3.1's scaling, which llama.cpp takes as a tensor."""
-    scaling = facts.rope.scaling
-    if scaling is None or scaling["rope_type"] != "llama3":
-        return None
-    return facts.rope.frequency_divisors(facts.head_dim)
+def _rope_divisors(facts: DecoderFacts) -> dict[str, npt.NDArray[np.float32]]:
+    """float32 [rotary_dim / 2] each: scalings that llama.cpp takes as tensors."""
+    scaling, width = facts.rope.scaling, facts.rotary_dim
+    kind = None if scaling is None else scaling["rope_type"]
+    if kind == "llama3":
+        return {ROPE_DIVISORS: facts.rope.frequency_divisors(width)}
+    short = facts.rope.short_text_tokens
+    if short is None:
+        return {}
+    return {
+        LONG_DIVISORS: facts.rope.frequency_divisors(width, short + 1),
+        SHORT_DIVISORS: facts.rope.frequency_divisors(width, short),
+    }
 
 
 def _add_model(writer: GGUFWriter, facts: DecoderFacts, context_tokens: int) -> None:
@@ -181,7 +217,7 @@ def _add_model(writer: GGUFWriter, facts: DecoderFacts, context_tokens: int) -> 
     writer.add_head_count_kv(facts.kv_heads)
     writer.add_key_length(facts.head_dim)
     writer.add_value_length(facts.head_dim)
-    writer.add_rope_dimension_count(facts.head_dim)
+    writer.add_rope_dimension_count(facts.rotary_dim)
     writer.add_rope_freq_base(facts.rope.theta)
     writer.add_layer_norm_rms_eps(facts.norm_eps)
     _add_numbers(writer, facts)
@@ -204,7 +240,7 @@ def _add_numbers(writer: GGUFWriter, facts: DecoderFacts) -> None:
 
 
 def _add_windows(writer: GGUFWriter, facts: DecoderFacts) -> None:
-    if facts.window_tokens is None:
+    if facts.window_tokens is None or not has_windows(facts):
         return
     writer.add_sliding_window(facts.window_tokens)
     if ARCHITECTURES[facts.family] == "gemma2":
@@ -216,10 +252,15 @@ def _add_windows(writer: GGUFWriter, facts: DecoderFacts) -> None:
 
 
 def _add_scaling(writer: GGUFWriter, rope: Rope) -> None:
-    """Linear scaling and YaRN; Llama 3.1's is a tensor."""
+    """Linear scaling and YaRN; the factors of Llama 3.1 and of LongRoPE are tensors."""
     if rope.scaling is None or rope.scaling["rope_type"] == "llama3":
         return
     kinds = gguf_package().RopeScalingType
+    if rope.short_text_tokens is not None:
+        writer.add_rope_scaling_type(kinds.LONGROPE)
+        writer.add_rope_scaling_orig_ctx_len(rope.short_text_tokens)
+        writer.add_rope_scaling_attn_factors(rope.attention_factor)
+        return
     factor = float(rope.scaling["factor"])
     writer.add_rope_scaling_factor(factor)
     if rope.scaling["rope_type"] == "linear":

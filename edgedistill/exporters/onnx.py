@@ -8,9 +8,15 @@ from typing import ClassVar
 from edgedistill.decoder import DecoderFacts
 from edgedistill.errors import InputError
 from edgedistill.exporter import Exporter
-from edgedistill.onnx_layout import KERNEL_BITS, stored_bytes
+from edgedistill.onnx_layout import (
+    HEAD_MULTIPLE,
+    KERNEL_BITS,
+    ROPE_TABLES,
+    ROTATED_MULTIPLE,
+    SLIDING_ROPE_TABLES,
+    stored_bytes,
+)
 from edgedistill.onnx_package import MODEL_FILE, not_installed, write_package
-from edgedistill.plain_blocks import plain_block_problems
 from edgedistill.quantized import Grid
 from edgedistill.student import Student
 
@@ -32,8 +38,16 @@ class Onnx(Exporter):
         return groups and grid.bits in KERNEL_BITS
 
     def problems(self, facts: DecoderFacts) -> list[str]:
-        """Whatever its blocks have beyond plain ones: the graph has no nodes for it yet."""
-        return plain_block_problems(facts, "ONNX")
+        """Heads that ``GroupQueryAttention`` does not take."""
+        rotates = any(facts.rope_of(layer) is not None for layer in range(facts.layers))
+        multiple = ROTATED_MULTIPLE if rotates else HEAD_MULTIPLE
+        takes = "ONNX Runtime's attention takes multiples of"
+        if facts.head_dim % multiple:
+            return [f"heads of {facts.head_dim} dimensions: {takes} {multiple}"]
+        if rotates and facts.rotary_dim % ROTATED_MULTIPLE:
+            rotated = f"heads that rotate {facts.rotary_dim} dimensions"
+            return [f"{rotated}: {takes} {ROTATED_MULTIPLE}"]
+        return []
 
     def stored_bytes(self, shape: tuple[int, ...], grid: Grid | None) -> int:
         """Codes, float32 scales and zeros; float32 of all else."""
@@ -47,6 +61,7 @@ class Onnx(Exporter):
             UnavailableError: the ``onnx`` package is not installed.
         """
         self.refuse_misfit(student)
+        self.refuse_context(student, context_tokens)
         for name, grid in student.grids.items():
             if not self.holds(grid):
                 raise InputError(
@@ -66,8 +81,8 @@ class Onnx(Exporter):
     def weight_bytes(self, artifact: Path) -> int:
         """Bytes of all codes, scales, zeros and float weights; the rotary tables are none."""
         try:
-            from edgedistill.onnx_decoder import ROPE_TABLES
             from edgedistill.onnx_graph import external_bytes, read_model
         except ModuleNotFoundError as error:
             raise not_installed(error) from error
-        return external_bytes(read_model(artifact / MODEL_FILE), besides=ROPE_TABLES)
+        tables = (*ROPE_TABLES, *SLIDING_ROPE_TABLES)
+        return external_bytes(read_model(artifact / MODEL_FILE), besides=tables)

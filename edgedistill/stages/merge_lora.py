@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ class MergeLora(Stage):
         if quantized:
             return ["an adapter cannot be merged into quantized weights: merge it before"]
         try:
-            Adapter(self.adapter).check(facts.tensor_shapes())
+            Adapter(self.adapter, facts.fused_tensors()).check(facts.tensor_shapes())
         except InputError as error:
             return [str(error)]
         return []
@@ -56,7 +57,8 @@ class MergeLora(Stage):
             InputError: the adapter does not fit, or has no effect.
             StageError: its effect is not in the merged weights.
         """
-        student, adapter = Student(src), Adapter(self.adapter)
+        student = Student(src)
+        adapter = Adapter(self.adapter, student.facts.fused_tensors())
         adapter.check({name: student.shape(name) for name in student.names()})
         with StudentWriter(dst, student) as writer:
             for name in track(student.names(), label="merging the adapter"):
@@ -71,12 +73,19 @@ class MergeLora(Stage):
 class _Pair:
     a: str  # [r, in]
     b: str  # [out, r]
+    rows: range  # of b
 
 
 class Adapter:
-    """A peft LoRA adapter on disk; ``pairs`` maps tensor names of the student to its factors."""
+    """A peft LoRA adapter on disk; ``pairs`` maps tensor names of the student to its factors.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: of its directory.
+        fused: tensors that ``transformers`` has as one, and so the adapter too: name -> their
+            parts' names in the student, with the rows of each, in order.
+    """
+
+    def __init__(self, path: Path, fused: Mapping[str, Mapping[str, int]] | None = None) -> None:
         self.path = path
         self.config = read_json(path / "adapter_config.json")
         self._refuse_unsupported()
@@ -88,7 +97,7 @@ class Adapter:
                 hint="save it as safetensors: model.save_pretrained(dir, safe_serialization=True)",
             )
         self._file = SafetensorsFile(weights)
-        self.pairs = self._read_pairs()
+        self.pairs = self._parts(self._read_pairs(), fused or {})
 
     def scaling(self, rank: int) -> float:
         """alpha / r, or alpha / sqrt(r) with rank-stabilized LoRA (2312.03732)."""
@@ -99,7 +108,8 @@ class Adapter:
         """What the adapter adds to the tensor ``name``: float64 [out, in]."""
         pair = self.pairs[name]
         a, b = (self._file.read(part).astype(np.float64) for part in (pair.a, pair.b))
-        product: npt.NDArray[np.float64] = (b @ a) * self.scaling(a.shape[0])
+        rows = b[pair.rows.start : pair.rows.stop]
+        product: npt.NDArray[np.float64] = (rows @ a) * self.scaling(a.shape[0])
         return product
 
     def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -110,15 +120,16 @@ class Adapter:
         """
         for name, pair in self.pairs.items():
             a, b = (self._file.tensors[part].shape for part in (pair.a, pair.b))
+            rows = len(pair.rows)
             if name not in shapes:
                 raise InputError(
                     f"adapts {name}, which the student does not have",
                     where=str(self.path),
                     hint="the adapter was trained on another model",
                 )
-            if (b[0], a[1]) != tuple(shapes[name]) or a[0] != b[1]:
+            if (rows, a[1]) != tuple(shapes[name]) or a[0] != b[1]:
                 raise InputError(
-                    f"adapts {name} as {b[0]}x{a[1]} (rank {a[0]}/{b[1]}), "
+                    f"adapts {name} as {rows}x{a[1]} (rank {a[0]}/{b[1]}), "
                     f"the student's is {'x'.join(map(str, shapes[name]))}",
                     where=str(self.path),
                     hint="the adapter was trained on a model of another shape",
@@ -155,7 +166,30 @@ class Adapter:
                 raise InputError(f"has half a pair for {name}", where=str(self.path))
         if not factors:
             raise InputError("is empty", where=str(self.path))
-        return {name: _Pair(found["A"], found["B"]) for name, found in factors.items()}
+        rows = {b: range(tensor.shape[0]) for b, tensor in self._file.tensors.items()}
+        return {n: _Pair(of["A"], of["B"], rows[of["B"]]) for n, of in factors.items()}
+
+    def _parts(
+        self, pairs: dict[str, _Pair], fused: Mapping[str, Mapping[str, int]]
+    ) -> dict[str, _Pair]:
+        """Pairs of the student's own tensors: of a fused one, each part has some rows of B."""
+        found: dict[str, _Pair] = {}
+        for name, pair in pairs.items():
+            rows, total = fused.get(name), len(pair.rows)
+            if rows is None:
+                found[name] = pair
+                continue
+            if sum(rows.values()) != total:
+                raise InputError(
+                    f"adapts {name} with {total} rows, the student's has {sum(rows.values())}",
+                    where=str(self.path),
+                    hint="the adapter was trained on a model of another shape",
+                )
+            start = 0
+            for part, count in rows.items():
+                found[part] = _Pair(pair.a, pair.b, range(start, start + count))
+                start += count
+        return found
 
 
 def _check_effect(before: Student, after: Student, adapter: Adapter) -> None:

@@ -128,6 +128,12 @@ class PruneWidth(Stage):
                 f"hidden_size {after.hidden_size} is no multiple of the {after.heads} query heads "
                 "that stay, as a plain checkpoint has to have it"
             )
+        elif facts.rope.short_text_tokens and after.hidden_size // after.heads != facts.head_dim:
+            problems.append(
+                f"hidden_size {after.hidden_size} is not {facts.head_dim} times the {after.heads} "
+                "query heads that stay, which transformers takes for the number of LongRoPE's "
+                "factors: prune both in step, or ffn_size alone"
+            )
         return problems
 
     def run(self, src: Path, dst: Path) -> None:

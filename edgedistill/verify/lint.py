@@ -11,12 +11,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from edgedistill.errors import InputError
 from edgedistill.results import Check
 from edgedistill.student import Student
+from edgedistill.verify.lint_check import lint_check, near
 from edgedistill.verify.lint_numbers import number_checks
+from edgedistill.verify.lint_rope import rope_checks
 from edgedistill.verify.lint_sliding import sliding_checks
 from edgedistill.verify.side_files import read_ends, read_template
 from edgedistill.verify.stated import Stated, describe
@@ -132,7 +132,7 @@ def lint_stated(
         checks.append(_same("tokens listed", config.vocab_size, stated.tokens))
     if stated.norm_epsilons:
         checks.append(_epsilon(stated, float(config.rms_norm_eps)))
-    checks += [*_rope(stated, config), *sliding_checks(stated, config)]
+    checks += [*rope_checks(stated, config), *sliding_checks(stated, config)]
     checks += number_checks(stated, config)
     checks += _special(stated, student, frozenset(also_ends))
     checks += _metadata(stated, config, student, format_name)
@@ -141,44 +141,8 @@ def lint_stated(
 
 def _epsilon(stated: Stated, expected: float) -> Check:
     found = sorted(stated.norm_epsilons)
-    close = all(_near(value, expected, stated.norm_tolerance) for value in found)
-    return _check("norm epsilon", close, f"{expected:.4g}", _list(found))
-
-
-def expected_rope(config: Any) -> tuple[float, np.ndarray]:
-    """(theta, float64 [head_dim / 2] of divisors), by the code that ``transformers`` runs.
-
-    Of a decoder with sliding layers those of the layers that attend to all.
-    """
-    from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-    parameters = config.rope_parameters
-    if "full_attention" in parameters:
-        theta = float(parameters["full_attention"]["rope_theta"])
-        frequencies = Gemma3RotaryEmbedding(config).full_attention_inv_freq.double().numpy()
-    else:
-        theta = float(parameters["rope_theta"])
-        frequencies = LlamaRotaryEmbedding(config).inv_freq.double().numpy()
-    count = len(frequencies)
-    return theta, theta ** (-np.arange(count) / count) / frequencies
-
-
-def _rope(stated: Stated, config: Any) -> list[Check]:
-    theta, divisors = expected_rope(config)
-    checks = []
-    if stated.rope_theta is not None:
-        passed = _near(stated.rope_theta, theta, stated.rope_tolerance)
-        checks.append(_check("RoPE theta", passed, f"{theta:g}", f"{stated.rope_theta:.7g}"))
-    if stated.rope_divisors is not None:
-        found = stated.rope_divisors
-        same = found.shape == divisors.shape and bool(
-            # The base's own error shows in every frequency, so the tables' tolerance holds twice.
-            np.allclose(found, divisors, rtol=2 * stated.rope_tolerance, atol=0)
-        )
-        spans = (f"frequencies divided by {_span(each)}" for each in (divisors, found))
-        checks.append(_check("RoPE scaling", same, *spans))
-    return checks
+    close = all(near(value, expected, stated.norm_tolerance) for value in found)
+    return lint_check("norm epsilon", close, f"{expected:.4g}", _list(found))
 
 
 def _special(stated: Stated, student: Path, also_ends: frozenset[int]) -> list[Check]:
@@ -192,11 +156,11 @@ def _special(stated: Stated, student: Path, also_ends: frozenset[int]) -> list[C
         found = stated.end_ids
         # A file names no other end, and every end stops the runtime, which may know it by name.
         passed = found <= expected <= found | also_ends
-        checks.append(_check("EOS", passed, _list(sorted(expected)), _list(sorted(found))))
+        checks.append(lint_check("EOS", passed, _list(sorted(expected)), _list(sorted(found))))
     begin = {tokenizer.bos_token_id, Student(student).config.get("bos_token_id")} - {None}
     if stated.bos_id is not None and begin:
         known = " or ".join(str(i) for i in sorted(begin))
-        checks.append(_check("BOS", stated.bos_id in begin, known, stated.bos_id))
+        checks.append(lint_check("BOS", stated.bos_id in begin, known, stated.bos_id))
     if stated.adds_bos is not None:
         ids = tokenizer("a").input_ids
         adds = bool(ids) and ids[0] == tokenizer.bos_token_id
@@ -210,7 +174,7 @@ def _metadata(stated: Stated, config: Any, student: Path, format_name: str) -> l
         wanted = OTHER_WORDS.get((format_name, config.model_type), config.model_type)
         said = ", ".join(f"{k} {v!r}" for k, v in stated.metadata.items())
         passed = stated.architecture == wanted
-        checks.append(_check("architecture", passed, wanted, stated.architecture, said))
+        checks.append(lint_check("architecture", passed, wanted, stated.architecture, said))
     template = read_template(student)
     if stated.has_template and (template is not None or stated.chat_template is not None):
         checks.append(_template(template, stated.chat_template, student))
@@ -225,9 +189,9 @@ def _template(expected: str | None, found: str | None, student: Path) -> Check:
 
     if expected is None or found is None:
         states = ("none" if t is None else f"{len(t)} characters" for t in (expected, found))
-        return _check("chat template", False, *states)
+        return lint_check("chat template", False, *states)
     if expected == found:
-        return _check("chat template", True, *["the same text"] * 2)
+        return lint_check("chat template", True, *["the same text"] * 2)
     tokenizer = load_tokenizer(student)
     for conversation in CONVERSATIONS:
         rendered = []
@@ -240,8 +204,8 @@ def _template(expected: str | None, found: str | None, student: Path) -> Check:
                 text = f"{type(error).__name__}: {error}"
             rendered.append(str(text))
         if rendered[0] != rendered[1]:
-            return _check("chat template", False, repr(rendered[0]), repr(rendered[1]))
-    return _check("chat template", True, *["another text that renders the same"] * 2)
+            return lint_check("chat template", False, repr(rendered[0]), repr(rendered[1]))
+    return lint_check("chat template", True, *["another text that renders the same"] * 2)
 
 
 def _storage(stated: Stated, student: Student, format_name: str) -> list[Check]:
@@ -297,25 +261,8 @@ def _count(config: Any, name: str) -> int:
 
 
 def _same(words: str, expected: object, found: object) -> Check:
-    return _check(words, expected == found, expected, found)
-
-
-def _check(words: str, passed: bool, expected: object, found: object, more: str = "") -> Check:
-    shown = f"{found}" if found is not None else "not stated"
-    detail = shown if passed and str(expected) == shown else f"{shown}, expected {expected}"
-    return Check(
-        name=f"lint: {words}", passed=passed, detail=f"{detail}; {more}" if more else detail
-    )
-
-
-def _near(found: float, expected: float, tolerance: float) -> bool:
-    return abs(found - expected) <= tolerance * abs(expected)
+    return lint_check(words, expected == found, expected, found)
 
 
 def _list(values: Iterable[object]) -> str:
     return ", ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in values) or "none"
-
-
-def _span(divisors: np.ndarray) -> str:
-    low, high = float(divisors.min(initial=np.inf)), float(divisors.max(initial=-np.inf))
-    return f"{low:.4g}" if _near(low, high, 1e-3) else f"{low:.4g} to {high:.4g}"

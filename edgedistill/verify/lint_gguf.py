@@ -11,7 +11,7 @@ from edgedistill.decoder import MOST_LAYERS
 from edgedistill.errors import InputError
 from edgedistill.gguf_blocks import F16, F32, Q2_0, Q4_0, Q4_1, Q5_0, Q8_0
 from edgedistill.gguf_file import GgufFile, gguf_package
-from edgedistill.gguf_layout import OUTER_NAMES, ROPE_DIVISORS, block_names
+from edgedistill.gguf_layout import ROPE_DIVISORS, SHORT_DIVISORS, checkpoint_names
 from edgedistill.gguf_tokenizer import adds_bos, special_id
 from edgedistill.layer_kinds import SLIDING_PATTERN
 from edgedistill.verify.lint_gguf_numbers import gguf_numbers, number, whole, yarn_divisors
@@ -70,8 +70,9 @@ def read_gguf(path: Path) -> Stated:
         adds_bos=_adds_bos(metadata, str(path)),
         end_ids=frozenset(i for i in ends if i is not None),
         storage={
-            checkpoint_name(n, architecture): storage_name(t.type_id)
-            for n, t in file.tensors.items()
+            name: storage_name(tensor.type_id)
+            for stored, tensor in file.tensors.items()
+            for name in checkpoint_names(stored, architecture)
         },
         tokens=len(tokens) if isinstance(tokens, list) else 0,
         chat_template=template if isinstance(template, str) else None,
@@ -112,19 +113,6 @@ def _unrotated(architecture: str, layers: int) -> tuple[bool, ...]:
     return tuple(bare and layer % 4 == 3 for layer in range(min(layers, MOST_LAYERS)))
 
 
-def checkpoint_name(name: str, architecture: str) -> str:
-    """``blk.3.attn_q.weight`` -> ``model.layers.3.self_attn.q_proj.weight``; others as they are."""
-    stem, _, kind = name.rpartition(".")
-    outer = {there: here for here, there in OUTER_NAMES.items()}
-    if stem in outer:
-        return f"{outer[stem]}.{kind}"
-    parts = stem.split(".", 2)
-    inner = {there: here for here, there in block_names(architecture).items()}
-    if len(parts) == 3 and parts[0] == "blk" and parts[2] in inner:
-        return f"model.layers.{parts[1]}.{inner[parts[2]]}.{kind}"
-    return name
-
-
 def storage_name(type_id: int) -> str:
     """The block type in words where it holds one of our grids, else by ggml's name."""
     if type_id in STORAGE:
@@ -144,11 +132,14 @@ def _counts(file: GgufFile, architecture: str) -> dict[str, int]:
 
 
 def _divisors(file: GgufFile, architecture: str, head_dim: int | None) -> Any:
-    """A linear factor, a tensor of divisors, or ones."""
+    """A linear factor, a tensor of divisors (of LongRoPE's the short ones), or ones."""
     if head_dim is None or not 2 <= head_dim <= 4096:
         return None
-    if ROPE_DIVISORS in file.tensors:
-        return file.read(ROPE_DIVISORS).astype(np.float64).reshape(-1)
+    for name in (ROPE_DIVISORS, SHORT_DIVISORS):
+        if name in file.tensors:
+            return file.read(name).astype(np.float64).reshape(-1)
+    rotated = whole(file.metadata, f"{architecture}.rope.dimension_count")
+    head_dim = rotated if rotated is not None and 2 <= rotated <= head_dim else head_dim
     kind = str(file.metadata.get(f"{architecture}.rope.scaling.type", "none"))
     factor = number(file.metadata, f"{architecture}.rope.scaling.factor")
     if kind == "none" or factor is None:

@@ -61,9 +61,11 @@ def gguf_numbers(
         found[EMBEDDING_SCALE] = stated("embedding_scale") or 1.0
         found[RESIDUAL_SCALE] = stated("residual_scale") or 1.0
         found[LOGITS_DIVISOR] = stated("logit_scale")
+    own = stated("rope.scaling.attn_factor")
+    if architecture == "phi3" and own is not None:
+        found[ROPE_MAGNITUDE] = own
     if metadata.get(f"{architecture}.rope.scaling.type") == "yarn":
         factor = stated("rope.scaling.factor")
-        own = stated("rope.scaling.attn_factor")
         usual = 0.1 * math.log(factor) + 1.0 if factor is not None and factor > 1.0 else 1.0
         found[ROPE_MAGNITUDE] = usual * (1.0 if own is None else own)
     return found

@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from edgedistill.errors import InputError
-from edgedistill.onnx_package import CONFIG_FILE, decoder_config, graph_file, not_installed
+from edgedistill.onnx_package import (
+    CONFIG_FILE,
+    FIRST_LOGIT,
+    decoder_config,
+    graph_file,
+    not_installed,
+)
 from edgedistill.student import read_json
+from edgedistill.verify.lint_numbers import ROPE_MAGNITUDE
+from edgedistill.verify.lint_onnx_numbers import (
+    attention_numbers,
+    attribute,
+    behind_head,
+    stream_numbers,
+)
 from edgedistill.verify.side_files import read_template
 from edgedistill.verify.stated import Stated, describe, table_frequencies, theta_and_divisors
 
-FLOAT_DTYPES = {1: "float32", 10: "float16", 16: "bfloat16"}  # TensorProto.DataType
+_FLOAT = 1
+FLOAT_DTYPES = {_FLOAT: "float32", 10: "float16", 16: "bfloat16"}  # TensorProto.DataType
 NORMS = ("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization")
 # Inputs of GroupQueryAttention: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
 _COS, _SIN = 7, 8
@@ -34,20 +48,27 @@ def read_onnx(artifact: Path) -> Stated:
     """
     config = _genai_config(artifact)
     graph = _Graph(graph_file(artifact))
-    rope = graph.rope()
+    rope = graph.rope(sliding=False) or graph.rope(sliding=True)
+    sliding_rope, windows = graph.rope(sliding=True), graph.windows()
     begin = config.get("bos_token_id")
     beside = (artifact / "tokenizer_config.json").is_file()
     counts, head_size = graph.counts(), _whole(decoder_config(artifact).get("head_size"))
     if "head_dim" not in counts and head_size is not None:  # the caches' shape has a name there
         counts["head_dim"] = head_size
+    magnitude: dict[str, float | None] = {ROPE_MAGNITUDE: rope.magnitude} if rope else {}
     return Stated(
         counts=counts,
         context_tokens=_whole(config.get("context_length")),
         tied_embeddings=graph.tied(),
         norm_epsilons=graph.norm_epsilons(),
-        rope_theta=rope[0] if rope else None,
-        rope_divisors=rope[1] if rope else None,
-        rope_tolerance=rope[2] if rope else 1e-6,
+        window_tokens=next((window for window in windows if window > 0), None),
+        sliding_layers=_slide(windows) if windows else None,
+        sliding_rope_theta=sliding_rope.theta if sliding_rope else None,
+        unrotated_layers=graph.unrotated(),
+        numbers=graph.numbers(counts.get("head_dim")) | magnitude,
+        rope_theta=rope.theta if rope else None,
+        rope_divisors=rope.divisors if rope else None,
+        rope_tolerance=rope.tolerance if rope else 1e-6,
         bos_id=begin if isinstance(begin, int) else None,
         end_ids=_ends(config.get("eos_token_id")) if config else None,
         storage=graph.storage(),
@@ -55,6 +76,15 @@ def read_onnx(artifact: Path) -> Stated:
         has_template=beside,
         architecture=str(config.get("type")) if config else None,
     )
+
+
+class _Rope(NamedTuple):
+    """What a pair of tables was made with, and the relative error of their dtype."""
+
+    theta: float
+    divisors: npt.NDArray[np.float64]
+    magnitude: float
+    tolerance: float
 
 
 class _Graph:
@@ -71,11 +101,11 @@ class _Graph:
         self._initializers = {tensor.name: tensor for tensor in graph.initializer}
 
     def counts(self) -> dict[str, int]:
-        attention = self._of("GroupQueryAttention")
+        attention = self._attention()
         found: dict[str, int | None] = {"layers": len(attention) or len(self._caches()) or None}
         if attention:
-            found["heads"] = _attribute(attention[0], "num_heads")
-            found["kv_heads"] = _attribute(attention[0], "kv_num_heads")
+            found["heads"] = attribute(attention[0], "num_heads")
+            found["kv_heads"] = attribute(attention[0], "kv_num_heads")
         found["head_dim"] = _last_size(self._caches()[0]) if self._caches() else None
         logits = self._outputs.get("logits")
         found["vocab_size"] = None if logits is None else _last_size(logits)
@@ -90,13 +120,39 @@ class _Graph:
 
     def tied(self) -> bool | None:
         """Whether the node that makes the logits reads the embedding; None: it cannot be told."""
-        heads = [n for n in self._nodes if "logits" in n.output and len(n.input) > 1]
-        name = _stem(heads[0].input[1]) if heads else ""
+        head, _ = behind_head(self._nodes)
+        name = _stem(head.input[1]) if head is not None and len(head.input) > 1 else ""
         return {_EMBEDDING: True, _HEAD: False}.get(name)
+
+    def windows(self) -> list[int]:
+        """Tokens that each layer attends to; 0 or less for all; empty where it is not told."""
+        return [int(attribute(n, "local_window_size") or 0) for n in self._attention()]
+
+    def unrotated(self) -> tuple[bool, ...] | None:
+        """Of each layer whether it is not rotated; others' graphs may rotate by other nodes."""
+        if FIRST_LOGIT not in self._inputs:
+            return None
+        return tuple(not attribute(node, "do_rotary") for node in self._attention())
+
+    def numbers(self, head_dim: int | None) -> dict[str, float | None]:
+        """Scales and soft caps; of others' graphs those that attention states as attributes."""
+        if head_dim is None or not self._attention():
+            return {}
+        found = attention_numbers(self._attention(), head_dim)
+        if FIRST_LOGIT in self._inputs:
+            found |= stream_numbers(self._nodes, self._scalars())
+        return found
+
+    def _scalars(self) -> dict[str, float]:
+        scalars = (t for t in self._initializers.values() if not t.dims and t.data_type == _FLOAT)
+        return {tensor.name: float(self._array(tensor.name)) for tensor in scalars}
+
+    def _attention(self) -> list[Any]:
+        return self._of("GroupQueryAttention")
 
     def norm_epsilons(self) -> frozenset[float]:
         norms = (node for node in self._nodes if node.op_type in NORMS)
-        found = (_attribute(node, "epsilon") for node in norms)
+        found = (attribute(node, "epsilon") for node in norms)
         return frozenset(float(value) for value in found if value is not None)
 
     def storage(self) -> dict[str, str]:
@@ -112,8 +168,8 @@ class _Graph:
             tensor = self._initializers.get(scales)
             kind = -1 if tensor is None else int(tensor.data_type)
             stored = describe(
-                int(_attribute(node, "bits") or 0),
-                int(_attribute(node, "block_size") or 0),
+                int(attribute(node, "bits") or 0),
+                int(attribute(node, "block_size") or 0),
                 zeros=len(node.input) > 3 and bool(node.input[3]),
                 scales=FLOAT_DTYPES.get(kind, f"type {kind}"),
             )
@@ -121,19 +177,23 @@ class _Graph:
             found[_stem(codes)] = stored
         return found
 
-    def rope(self) -> tuple[float, npt.NDArray[np.float64], float] | None:
-        """(theta, divisors, tolerance), from the tables that attention reads."""
-        for node in self._of("GroupQueryAttention"):
-            if len(node.input) <= _SIN:
-                return None
-            names = (node.input[_COS], node.input[_SIN])
+    def rope(self, *, sliding: bool) -> _Rope | None:
+        """What the tables say that layers of that kind read; None where none reads any.
+
+        Those that are not rotated do not.
+        """
+        for node, window in zip(self._attention(), self.windows(), strict=True):
+            names = tuple(node.input[_COS : _SIN + 1])
+            if (window > 0) != sliding or len(names) < 2 or not attribute(node, "do_rotary"):
+                continue
             if not all(name in self._initializers for name in names):
                 return None
             cos, sin = (self._array(name) for name in names)
-            if cos.shape != sin.shape or cos.ndim != 2 or len(cos) < 2:
+            if cos.shape != sin.shape or cos.ndim != 2 or len(cos) < 2 or not cos.size:
                 raise InputError("has rotary tables of a strange shape", where=str(self._path))
+            theta, divisors = theta_and_divisors(table_frequencies(cos, sin))
             tolerance = TABLE_TOLERANCE["float32" if cos.dtype == np.float32 else "float16"]
-            return (*theta_and_divisors(table_frequencies(cos, sin)), tolerance)
+            return _Rope(theta, divisors, float(cos[0, 0]), tolerance)
         return None
 
     def _of(self, kind: str) -> list[Any]:
@@ -147,7 +207,7 @@ class _Graph:
             if len(tensor.dims) == 2 and name.endswith(".weight")
         }
         for node in self._of("MatMulNBits"):
-            found[_stem(node.input[1])] = (_attribute(node, "N"), _attribute(node, "K"))
+            found[_stem(node.input[1])] = (attribute(node, "N"), attribute(node, "K"))
         return found
 
     def _array(self, name: str) -> npt.NDArray[Any]:
@@ -189,11 +249,10 @@ def _stem(name: str) -> str:
     return name
 
 
-def _attribute(node: Any, name: str) -> Any:
-    for attribute in node.attribute:
-        if attribute.name == name:
-            return attribute.f if attribute.type == attribute.FLOAT else attribute.i
-    return None
+def _slide(windows: list[int]) -> tuple[bool, ...]:
+    """Of each layer whether it slides; empty: none does.  An odd window is none of the model's."""
+    slides = next((window for window in windows if window > 0), None)
+    return tuple(w == slides for w in windows) if slides is not None else ()
 
 
 def _last_size(value: Any) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from edgedistill.results import Check
+from edgedistill.verify.lint_check import lint_check, near
 from edgedistill.verify.stated import Stated
 
 
@@ -20,19 +21,16 @@ def sliding_checks(stated: Stated, config: Any) -> list[Check]:
     slides = _slides(config)
     if stated.sliding_layers is None or not (any(slides) or any(stated.sliding_layers)):
         return []
+    if not any(stated.sliding_layers) and config.sliding_window >= _context(stated, config):
+        return []  # a window that no text outgrows is none
     expected = int(config.sliding_window) if any(slides) else None
-    found = [_same("sliding window", expected, stated.window_tokens)]
-    found.append(_same("sliding layers", _layers(slides), _layers(stated.sliding_layers)))
+    pairs = {
+        "sliding window": (expected, stated.window_tokens),
+        "sliding layers": (_layers(slides), _layers(stated.sliding_layers)),
+    }
+    found = [lint_check(words, a == b, a, b) for words, (a, b) in pairs.items()]
     if any(slides):
-        parameters = config.rope_parameters
-        theta = float(parameters.get("sliding_attention", parameters)["rope_theta"])
-        stated_theta = stated.sliding_rope_theta
-        near = stated_theta is not None and abs(stated_theta - theta) <= (
-            stated.rope_tolerance * theta
-        )
-        shown = "not stated" if stated_theta is None else f"{stated_theta:.7g}"
-        detail = shown if near else f"{shown}, expected {theta:g}"
-        found.append(Check(name="lint: RoPE theta of sliding layers", passed=near, detail=detail))
+        found += _theta(stated, config.rope_parameters)
     return found
 
 
@@ -44,12 +42,25 @@ def _slides(config: Any) -> tuple[bool, ...]:
     return (window is not None,) * int(config.num_hidden_layers)
 
 
+def _context(stated: Stated, config: Any) -> int:
+    longest = int(config.max_position_embeddings)
+    return longest if stated.context_tokens is None else min(stated.context_tokens, longest)
+
+
+def _theta(stated: Stated, parameters: dict[str, Any]) -> list[Check]:
+    """The base of sliding layers, which has to be stated where it is one of their own."""
+    own, found = parameters.get("sliding_attention"), stated.sliding_rope_theta
+    if own is None and found is None:
+        return []
+    theta = float((own or parameters)["rope_theta"])
+    # Where all layers have one base, that is held against the config by itself.
+    right = found is not None and (
+        (own is None and found == stated.rope_theta) or near(found, theta, stated.rope_tolerance)
+    )
+    shown = None if found is None else f"{found:.7g}"
+    return [lint_check("RoPE theta of sliding layers", right, f"{theta:g}", shown)]
+
+
 def _layers(slides: tuple[bool, ...]) -> str:
     """``.`` for a layer that attends to all, ``s`` for one that slides."""
     return "".join("s" if one else "." for one in slides) if any(slides) else "none"
-
-
-def _same(words: str, expected: object, found: object) -> Check:
-    passed = expected == found
-    detail = f"{found}" if passed else f"{found}, expected {expected}"
-    return Check(name=f"lint: {words}", passed=passed, detail=detail)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from edgedistill.errors import InputError
 from edgedistill.gguf_file import GgufFile
-from edgedistill.gguf_layout import checkpoint_values, tensor_name
+from edgedistill.gguf_layout import checkpoint_tensors, file_shape, file_tensors
 from edgedistill.progress import track
 from edgedistill.results import Document
 from edgedistill.runtimes.llama_cpp import weights_file
@@ -64,21 +64,23 @@ def write_own_weights(path: Path, reference: Path, dst: Path) -> None:
     file, student = GgufFile(weights_file(path)), Student(reference)
     facts = student.facts
     tensors: dict[str, TensorLoss] = {}
-    names = list(facts.tensor_shapes())
+    places = file_tensors(facts, file.tensors)
     with StudentWriter(dst, student) as writer:
-        for name in track(names, label="reading the file's weights"):
-            stored, values = _read(file, student, name)
-            tensors[name] = _compare(stored, values, student.read(name))
-            writer.write(name, values)
+        for place in track(list(places), label="reading the file's weights"):
+            stored, parts = _read(file, student, place, places[place])
+            for name, values in parts.items():
+                tensors[name] = _compare(stored, values, student.read(name))
+                writer.write(name, values)
     size_bytes = sum(tensor.size_bytes for tensor in file.tensors.values())
     loss = WeightLoss(bits_per_weight=8 * size_bytes / facts.parameters, tensors=tensors)
     (dst / LOSS_FILE).write_text(loss.model_dump_json(indent=2), encoding="utf-8")
 
 
-def _read(file: GgufFile, student: Student, name: str) -> tuple[str, npt.NDArray[np.float32]]:
-    """(how it is stored, the tensor in the checkpoint's order of rows)."""
-    facts = student.facts
-    shape, there = facts.tensor_shapes()[name], tensor_name(facts, name)
+def _read(
+    file: GgufFile, student: Student, there: str, names: list[str]
+) -> tuple[str, dict[str, npt.NDArray[np.float32]]]:
+    """(how a tensor is stored, those of the checkpoint in it, in the checkpoint's row order)."""
+    shape = file_shape(student.facts, names)
     if there not in file.tensors:
         raise InputError(f"has no tensor {there}", where=str(file.path))
     if file.tensors[there].shape != shape:
@@ -86,8 +88,8 @@ def _read(file: GgufFile, student: Student, name: str) -> tuple[str, npt.NDArray
             f"{there} has the shape {file.tensors[there].shape}, the reference has {shape}",
             where=str(file.path),
         )
-    values = checkpoint_values(facts, name, file.read(there))
-    return storage_name(file.tensors[there].type_id), values
+    parts = checkpoint_tensors(student.facts, names, file.read(there))
+    return storage_name(file.tensors[there].type_id), parts
 
 
 def _compare(
