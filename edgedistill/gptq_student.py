@@ -254,10 +254,10 @@ class _Moments:
     def inputs(self) -> Inputs:
         """The means."""
         drift, residual = (
-            None if part is None else (part / self._count).numpy()
+            None if part is None else part.div_(self._count).numpy()
             for part in (self._drift, self._residual)
         )
-        return Inputs((self._hessian / self._count).numpy(), drift, residual)
+        return Inputs(self._hessian.div_(self._count).numpy(), drift, residual)
 
 
 def token_batches(sequences: int, tokens: int, most: int = BATCH_TOKENS) -> list[slice]:
