@@ -12,6 +12,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from edgedistill.allocation import allocate
 from edgedistill.allocation_results import ALLOCATION_FILE, Allocation
 from edgedistill.calibration import Calibration, calibration_ids
 from edgedistill.chat import Chat
@@ -57,21 +58,25 @@ def read_allocation(directory: Path) -> Allocation:
     return Allocation.model_validate_json((directory / ALLOCATION_FILE).read_bytes())
 
 
-@pytest.mark.slow
-def test_what_lies_in_one_tensor_of_a_format_gets_one_grid(tiny: Tiny, tmp_path: Path) -> None:
-    """Gate and up in GGUF's Phi-3; another format leaves each to itself."""
-    stage = QuantizeMixed(bits_per_weight=4.0, formats=("gguf",), calibration=TEXT)
-    source, exporter = tiny("phi4_mini"), load_plugin("exporters", "gguf")()
-    facts = Student(source).facts
-    (together := tmp_path / "together").mkdir()
-    stage.run(source, together)
-    grids, linears = Student(together).grids, [facts.linears(layer) for layer in range(3)]
-    assert len(set(grids.values())) > 1
-    assert [grids[of["gate"]] for of in linears] == [grids[of["up"]] for of in linears]
-    (tmp_path / "gguf").mkdir()
-    exporter.export(Student(together), tmp_path / "gguf", context_tokens=64)
-    assert exporter.weight_bytes(tmp_path / "gguf") <= 4 * facts.parameters // 8
-    assert MixedBytes(facts, ("onnx",)).alike[linears[0]["up"]] == (linears[0]["up"],)
+@pytest.mark.parametrize(("name", "alike"), [("gguf", True), ("onnx", False)])
+def test_what_lies_in_one_tensor_of_a_format_gets_one_grid(
+    tiny: Tiny, name: str, alike: bool
+) -> None:
+    """Gate and up in GGUF's Phi-3, though one of them minds few bits and the other does not."""
+    facts = Student(tiny("phi4_mini")).facts
+    sizes = MixedBytes(facts, (name,))
+    damage = {
+        matrix: {grid: 2.0**-grid.bits * (100 if "gate" in matrix else 1) for grid in grids}
+        for matrix, grids in sizes.candidates.items()
+    }
+    target = (sizes.least + sizes.most) // 2
+    grids = allocate(sizes, damage, target)
+    assert list(grids) == list(damage)
+    stored = sum(sizes.of(matrix, grid) for matrix, grid in grids.items()) + sizes.float_bytes
+    assert 0.9 * target < stored <= target
+    of = [facts.linears(layer) for layer in range(3)]
+    same = [grids[linears["gate"]] == grids[linears["up"]] for linears in of]
+    assert all(same) if alike else not any(same)
 
 
 @pytest.mark.slow
