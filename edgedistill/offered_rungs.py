@@ -47,9 +47,11 @@ RUNGS = (
     ),
     OfferedRung(
         "mixed",
-        ("2 to 8 bits to whom they help most; what is on 8 learns to make up for the rest.",),
-        ({"quantize_mixed": {"bits_per_weight": 3.5}}, {"recover": {}}),
-        reads_text=True,
+        (
+            "2 to 8 bits to whom they help most. Where matrices of the blocks get 8, and there is",
+            "text of the app, `- recover: {}` behind it makes up for some of what that loses.",
+        ),
+        ({"quantize_mixed": {"bits_per_weight": 3.5}},),
     ),
     OfferedRung(
         "int2",

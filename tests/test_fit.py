@@ -143,11 +143,11 @@ def test_the_cache_of_llama_cpp_is_what_it_says_that_it_allocates(
     load_plugin("exporters", "gguf")().export(student, tmp_path, context_tokens=CONTEXT_TOKENS)
     said: list[str] = []
 
-    @llama_cpp.llama_log_callback
     def hear(level: int, text: bytes, data: ctypes.c_void_p) -> None:
         said.append(text.decode())
 
-    llama_cpp.llama_log_set(hear, ctypes.c_void_p(0))
+    heard = llama_cpp.llama_log_callback(hear)
+    llama_cpp.llama_log_set(heard, ctypes.c_void_p(0))
     try:
         model = llama_cpp.Llama(str(tmp_path / "model.gguf"), n_ctx=CONTEXT_TOKENS, verbose=True)
         model.close()

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from edgedistill.build import Options, build
-from edgedistill.device_facts import DEVICES
 from edgedistill.errors import ExitCode, InputError
 from edgedistill.init_choice import DoesNotFitError, choose, text_budget
 from edgedistill.init_recipe import RecipeText, recipe_name
@@ -77,15 +76,16 @@ def test_what_the_plan_says_of_sizes_is_what_init_says(tiny: Tiny, tmp_path: Pat
         assert {(a.rung, a.format): a.weight_bytes for a in plan.artifacts} == said
 
 
-def test_rungs_that_train_wait_for_a_text(tiny: Tiny, tmp_path: Path) -> None:
+def test_a_rung_that_trains_waits_for_a_text(tiny: Tiny, tmp_path: Path) -> None:
     loaded, _ = write(tiny("llama"), tmp_path / "r.yaml")
-    assert list(loaded.recipe.rungs) == ["int8", "int4"]
+    assert list(loaded.recipe.rungs) == ["int8", "int4", "mixed"]
     text = loaded.path.read_text()
-    assert "  # mixed:\n  #   - quantize_mixed: {bits_per_weight: 3.5}\n" in text
+    assert "  # int2:\n  #   - quantize_gptq: {bits: 2" in text
+    assert "Not built: trains on text of the app" in text
     # As they stand they are YAML: without the marks the recipe is in order, too.
     head, _, rungs = text.partition("rungs:\n")
     rungs, blank, rest = rungs.partition("\n\n")
-    marked = ("  # mixed:", "  # int2:", "  #   - ")
+    marked = ("  # int2:", "  #   - ")
     lines = (f"  {line[4:]}" if line.startswith(marked) else line for line in rungs.splitlines())
     loaded.path.write_text(f"{head}rungs:\n" + "\n".join(lines) + blank + rest)
     assert list(load_recipe(loaded.path).recipe.rungs) == [rung.name for rung in RUNGS]
@@ -110,26 +110,39 @@ def test_what_does_not_fit_is_not_built(tmp_path: Path) -> None:
     student = write_headers(tmp_path / "large", layers=36)
     loaded, _ = write(student, tmp_path / "r.yaml", devices=("pixel-6a", "laptop"))
     targets = loaded.recipe.targets
-    assert list(loaded.recipe.rungs) == ["int8", "int4"]
-    assert targets["pixel-6a"].rungs == ("int4",)
+    assert list(loaded.recipe.rungs) == ["int8", "int4", "mixed"]
+    assert targets["pixel-6a"].rungs == ("int4", "mixed")
     assert targets["laptop"].rungs is None
     loaded, _ = write(student, tmp_path / "r.yaml", devices=("pixel-6a",))
-    assert list(loaded.recipe.rungs) == ["int4"]
+    assert list(loaded.recipe.rungs) == ["int4", "mixed"]
     assert "Not built: does not fit" in loaded.path.read_text()
+
+
+def test_where_nothing_fits_there_is_no_recipe(tmp_path: Path) -> None:
+    student = write_headers(tmp_path / "large", layers=54)
     with pytest.raises(DoesNotFitError, match="nothing fits on iphone-12") as caught:
         write(student, tmp_path / "r.yaml", devices=("iphone-12",))
     assert caught.value.exit_code == ExitCode.BUDGET_NOT_MET
-    assert "mixed and int2 would fit" in str(caught.value.hint)
+    assert "int2 would fit" in str(caught.value.hint)
+    loaded, _ = write(
+        student,
+        tmp_path / "r.yaml",
+        devices=("iphone-12",),
+        text=write_text(tmp_path / "text.jsonl"),
+    )
+    assert list(loaded.recipe.rungs) == ["int2"]
+    with pytest.raises(DoesNotFitError) as caught:
+        write(student, tmp_path / "r.yaml", devices=("iphone-12",), context=65536)
+    assert str(caught.value.hint).startswith("a shorter --context")
 
 
 def test_mixed_bits_state_the_formats_that_their_size_was_taken_for(tmp_path: Path) -> None:
     student = write_headers(tmp_path / "large", layers=60)
     text = write_text(tmp_path / "text.jsonl")
     loaded, examined = write(student, tmp_path / "r.yaml", devices=("pixel-6a",), text=text)
-    assert loaded.recipe.targets["pixel-6a"].rungs == ("mixed", "int2")
-    assert "onnx" not in {
-        t.format for t in loaded.recipe.targets.values() if "mixed" in (t.rungs or ())
-    }
+    assert list(loaded.recipe.rungs) == ["mixed", "int2"]
+    assert loaded.recipe.formats_of("mixed") == ("gguf",)
+    assert "{bits_per_weight: 3.5, formats: [gguf, onnx]}" in loaded.path.read_text()
     plan = preview(Options(loaded.path, cache=tmp_path / "cache"))
     (planned,) = (a for a in plan.artifacts if a.rung == "mixed")
     (row,) = (r for r in examined.report.rows if (r.rung, r.format) == ("mixed", "gguf"))
@@ -179,7 +192,7 @@ def test_a_suite_comes_with_a_floor_of_its_kind(tiny: Tiny, tmp_path: Path) -> N
     assert loaded.recipe.floor is not None
     assert loaded.recipe.floor.all_limits() == {"max_bits_per_byte_loss": 0.05}
     suite.write_text("{}\n")
-    with pytest.raises(InputError, match="id"):
+    with pytest.raises(InputError, match="cannot be scored"):
         write(tiny("llama"), tmp_path / "r.yaml", suites=(suite,))
 
 
@@ -264,23 +277,23 @@ def test_a_directory_of_any_name_is_quoted(tiny: Tiny, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_the_recipe_builds_every_rung_as_it_is(tiny: Tiny, tmp_path: Path, family: str) -> None:
-    text = write_text(tmp_path / "text.jsonl")
-    loaded, examined = write(
-        tiny(family), tmp_path / "tiny.yaml", text=text, devices=(DEVICES[5].name,)
-    )
+@pytest.mark.parametrize(("family", "trains"), [("llama3", False), ("gemma3", True)])
+def test_the_recipe_builds_as_it_is(tiny: Tiny, tmp_path: Path, family: str, trains: bool) -> None:
+    text = write_text(tmp_path / "text.jsonl") if trains else None
+    loaded, examined = write(tiny(family), tmp_path / "tiny.yaml", text=text, devices=("laptop",))
     options = Options(loaded.path, cache=tmp_path / "cache", exports=tmp_path / "exports")
     report, _ = build(options, lambda _: None)
     assert [step.error for step in report.steps if step.error] == []
-    rows = {(row.rung, row.format): row for row in examined.report.rows}
+    rows = {(r.rung, r.format): r for r in examined.report.rows if r.rung != "int2" or trains}
     assert {(a.rung, a.format) for a in report.artifacts} == set(rows)
-    assert all(a.verification is not None for a in report.artifacts)
     for artifact in report.artifacts:
-        if artifact.rung in ("int8", "int4"):
-            assert artifact.verification is not None
-            assert artifact.verification.passed, artifact.verification.checks
-            assert artifact.why_not == "unjudged: the recipe has no suite"
+        verification = artifact.verification
+        assert verification is not None
+        assert verification.passed, verification.checks
+        assert artifact.why_not == "unjudged: the recipe has no suite"
         stated = rows[artifact.rung, artifact.format].bits_per_weight
-        exact = artifact.rung != "mixed"
-        assert artifact.bits_per_weight == pytest.approx(stated, rel=1e-9 if exact else 0.05)
+        if artifact.rung == "mixed":
+            assert 0.9 * stated < artifact.bits_per_weight <= 3.5
+        else:
+            assert artifact.bits_per_weight == pytest.approx(stated, rel=2e-3)
+    assert report.exit_code == ExitCode.OK
