@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -22,9 +23,14 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture
-def hub(tiny: Tiny) -> Iterator[str]:
-    """The address of a hub that has the tiny student as some-org/tiny-llama."""
-    root = tiny("llama")
+def hub(tiny: Tiny, tmp_path: Path) -> Iterator[str]:
+    """The address of a hub: a tiny student, one that is its config alone, one of no files."""
+    bare, empty = tmp_path / "bare", tmp_path / "empty"
+    bare.mkdir()
+    empty.mkdir()
+    shutil.copy(tiny("llama") / "config.json", bare)
+    models = {"/some-org/tiny-llama": tiny("llama"), "/some-org/bare": bare}
+    models["/some-org/empty"] = empty
 
     class Hub(BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
@@ -35,16 +41,16 @@ def hub(tiny: Tiny) -> Iterator[str]:
 
         def _answer(self) -> bytes:
             prefix, _, file = self.path.partition("/resolve/")
-            path = root / file.partition("/")[2]
-            here = prefix == "/some-org/tiny-llama" and path.is_file()
+            path = models.get(prefix, empty) / file.partition("/")[2]
+            here = path.is_file()
             body = path.read_bytes() if here else b""
             self.send_response(200 if here else 404)
             self.send_header("X-Repo-Commit", COMMIT)
             self.send_header("ETag", f'"{len(body)}"')
             self.send_header("Content-Length", str(len(body)))
             if not here:
-                known = prefix == "/some-org/tiny-llama"
-                self.send_header("X-Error-Code", "EntryNotFound" if known else "RepoNotFound")
+                kind = "EntryNotFound" if prefix in models else "RepoNotFound"
+                self.send_header("X-Error-Code", kind)
             self.end_headers()
             return body
 
@@ -80,6 +86,17 @@ def test_a_model_of_the_hub_is_described_and_its_commit_written_down(
     recipe = load_recipe(tmp_path / "recipes/tiny-llama.yaml").recipe
     assert recipe.student == said["source"]
     assert not list((tmp_path / "hub").rglob("*.safetensors"))
+
+
+def test_files_that_a_model_lacks_are_said_to_be_missing(hub: str, tmp_path: Path) -> None:
+    ran = run_init(tmp_path, "some-org/bare", HF_ENDPOINT=hub)
+    assert ran.returncode == 0, ran.stderr
+    said = json.loads(ran.stdout)
+    assert (said["student"]["tokenizer"], said["student"]["chat_template"]) == (None, False)
+    assert said["warnings"] == ["there is no tokenizer_config.json: is there a tokenizer?"]
+    ran = run_init(tmp_path, "some-org/empty", HF_ENDPOINT=hub)
+    assert ran.returncode == 2
+    assert "hf://some-org/empty: has no config.json" in ran.stderr
 
 
 @pytest.mark.parametrize("source", ["some-org/other", "hf://some-org/other@main"])
