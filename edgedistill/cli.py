@@ -27,6 +27,7 @@ from edgedistill.cli_options import (
     run_command as _run,
 )
 from edgedistill.errors import ExitCode
+from edgedistill.init_command import init
 from edgedistill.search.command import search
 from edgedistill.student_commands import dequantize, record, write_text
 
@@ -130,7 +131,7 @@ def check(recipe: RecipePath, student: StudentOption = None) -> None:
     _run(run)
 
 
-for command in (search, dequantize, record, write_text):
+for command in (init, search, dequantize, record, write_text):
     app.command()(command)
 
 

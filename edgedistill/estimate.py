@@ -36,26 +36,42 @@ def facts_of_rung(facts: DecoderFacts, stages: Sequence[StageStep]) -> DecoderFa
     return facts
 
 
-def artifact_bytes(facts: DecoderFacts, stages: Sequence[StageStep], format_name: str) -> int:
-    """Bytes of the weights of a rung in a format, as its exporter stores them.
+def tensor_bytes(
+    facts: DecoderFacts, stages: Sequence[StageStep], format_name: str
+) -> dict[str, float]:
+    """Bytes of each tensor of a rung in a format, as its exporter stores it.
 
     A grid that the format does not hold, which a recipe is refused for, counts without padding.
     """
     exporter = load_plugin("exporters", format_name)()
     facts = facts_of_rung(facts, stages)
     matrices = set(facts.matrices())
-    total = 0.0
+    sizes, expected = {}, dict[str, dict[Grid, float]]()
     for name, shape in facts.tensor_shapes().items():
-        grids: dict[Grid, float] = {}
-        for step in stages if name in matrices else ():
-            grids = step.config.expected_grids(name, facts) or grids
-        if not grids:
-            total += exporter.stored_bytes(shape, None)
+        kind = facts.short_name(name) or name  # blocks are alike: one of them is asked about
+        if name in matrices and kind not in expected:
+            expected[kind] = _expected_grids(name, facts, stages)
+        grids = expected.get(kind, {})
+        sizes[name] = 0.0 if grids else float(exporter.stored_bytes(shape, None))
         for grid, share in grids.items():
             held = exporter.holds(grid) and shape[1] % grid.group_size == 0
             whole = math.prod(shape) * grid.bits_per_weight / 8
-            total += share * (exporter.stored_bytes(shape, grid) if held else whole)
-    return int(total)
+            sizes[name] += share * (exporter.stored_bytes(shape, grid) if held else whole)
+    return sizes
+
+
+def _expected_grids(
+    name: str, facts: DecoderFacts, stages: Sequence[StageStep]
+) -> dict[Grid, float]:
+    grids: dict[Grid, float] = {}
+    for step in stages:
+        grids = step.config.expected_grids(name, facts) or grids
+    return grids
+
+
+def artifact_bytes(facts: DecoderFacts, stages: Sequence[StageStep], format_name: str) -> int:
+    """Bytes of the weights of a rung in a format: the sum of :func:`tensor_bytes`."""
+    return int(sum(tensor_bytes(facts, stages, format_name).values()))
 
 
 def judge_peak_bytes(facts: DecoderFacts) -> int:
