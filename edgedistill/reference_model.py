@@ -16,7 +16,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from edgedistill.errors import InputError, UnavailableError
+from edgedistill.fused_tensors import fused_tensors
 from edgedistill.student import Student, dequantize_student
 
 # Of float32 weights; more are streamed.
@@ -86,27 +90,51 @@ def _empty_model(student: Student, transformers: Any) -> Any:
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise _unopened(path, error) from error
     model.tie_weights()
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    stored, wanted = set(student.names()), set(names.values())
-    tied = {name for name in stored if name == "lm_head.weight" and name not in wanted}
+    weights = _Weights(student)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    wanted, stored = shapes.keys(), weights.shapes.keys()
+    tied = {"lm_head.weight"} - wanted
     _refuse_misfit(
         {
             "missing_keys": wanted - stored,
             "unexpected_keys": stored - wanted - tied,
-            "mismatched_keys": {
-                name
-                for name, parameter in model.named_parameters()
-                if name in stored and student.shape(name) != tuple(parameter.shape)
-            },
+            "mismatched_keys": {n for n in wanted & stored if weights.shapes[n] != shapes[n]},
         },
         path,
     )
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
     for part in _parts(model):
         slots = {(module, own): names[id(p)] for module, own, p in _parameters(part)}
         empty = {(module, own): p for module, own, p in _parameters(part)}
-        part.register_forward_pre_hook(_before(student, slots))
+        part.register_forward_pre_hook(_before(weights, slots))
         part.register_forward_hook(_behind(empty))
     return model
+
+
+class _Weights:
+    """The tensors of a student by the names of ``transformers``, which fuses some of them.
+
+    Attributes:
+        shapes: of all tensors.
+    """
+
+    def __init__(self, student: Student) -> None:
+        self._student = student
+        fused = fused_tensors(student.config, where=str(student.path))
+        parts = {part for of in fused.values() for part in of}
+        alone = (name for name in student.names() if name not in parts)
+        self._parts = {name: [name] for name in alone} | {n: list(of) for n, of in fused.items()}
+        whole = (n for n, parts in self._parts.items() if all(p in student for p in parts))
+        self.shapes = {name: self._shape(name) for name in whole}
+
+    def read(self, name: str) -> npt.NDArray[np.float32]:
+        """A tensor in float32, its parts below each other."""
+        parts = [self._student.read(part) for part in self._parts[name]]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        shapes = [self._student.shape(part) for part in self._parts[name]]
+        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
 
 def _parts(model: Any) -> Iterator[Any]:
@@ -127,12 +155,12 @@ def _parameters(part: Any) -> Iterable[tuple[Any, str, Any]]:
                 yield module, own, parameter
 
 
-def _before(student: Student, slots: dict[_Slot, str]) -> Callable[..., None]:
+def _before(weights: _Weights, slots: dict[_Slot, str]) -> Callable[..., None]:
     import torch
 
     def load(*_: Any) -> None:
         for (module, own), name in slots.items():
-            weight = torch.from_numpy(student.read(name))
+            weight = torch.from_numpy(weights.read(name))
             module._parameters[own] = torch.nn.Parameter(weight, requires_grad=False)
 
     return load
