@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edgedistill.coreml_ops import NamedOps, Var
 from edgedistill.errors import InputError
 from edgedistill.quantized import QTensor
 from edgedistill.quiet_coremltools import import_coremltools
 from edgedistill.student import Student
 
-Var = Any
 FLOAT16_MAX = 65504.0
 # MIL has integers of the first widths for `data`, indices into a table of the others; of 5 bits it
 # has neither.
@@ -46,24 +46,35 @@ class Weights:
                 self._made[name] = self._float16(name)
         return self._made[name]
 
-    def vector(self, name: str) -> Var:
-        """A norm's or a bias's weights [n], in float16."""
+    def linear(self, ops: NamedOps, x: Var, name: str, bias: str | None = None) -> Var:
+        """x [..., columns] times the matrix ``name`` [rows, columns], plus the bias."""
+        rows = self._student.shape(name)[0]
+        stored = self.vector(bias) if bias else self.zeros(rows)
+        return ops("linear", x=x, weight=self.matrix(name), bias=stored)
+
+    def vector(self, name: str, *, offset: float = 0.0, factor: float = 1.0) -> Var:
+        """A norm's or a bias's weights [n] in float16: ``(offset + w) * factor``, taken in float32.
+
+        A tensor has one offset and one factor, whoever asks for it.
+        """
         if name not in self._made:
-            self._made[name] = self._float16(name)
+            self._made[name] = self._float16(name, offset, factor)
         return self._made[name]
 
     def zeros(self, size: int) -> Var:
         """The bias [size] of a linear that has none; the format stores one all the same."""
         return self.table(f"no_bias_{size}", np.zeros(size, np.float16))
 
-    def table(self, name: str, values: npt.NDArray[np.float16]) -> Var:
+    def table(self, name: str, values: npt.NDArray[Any]) -> Var:
         """A constant that is no tensor of the student."""
         if name not in self._made:
             self._made[name] = self._mb.const(val=values, name=name)
         return self._made[name]
 
-    def _float16(self, name: str) -> Var:
+    def _float16(self, name: str, offset: float = 0.0, factor: float = 1.0) -> Var:
         values = self._student.read(name)
+        if offset or factor != 1.0:
+            values = (values + np.float32(offset)) * np.float32(factor)
         largest = float(np.abs(values).max(initial=0.0))
         if not largest <= FLOAT16_MAX:  # also true of NaN
             raise InputError(

@@ -1,4 +1,4 @@
-"""What a decoder has beyond plain blocks, which is all that some of the exporters write."""
+"""What a decoder has beyond plain blocks, which is all that the ONNX exporter writes."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from edgedistill.coreml_program import rope_tables
+from edgedistill.coreml_attention import rope_tables
 from edgedistill.decoder import DecoderFacts
 from edgedistill.errors import InputError
 from edgedistill.exporters.coreml import Coreml
@@ -133,6 +133,17 @@ def test_float_weights_are_the_nearest_float16(tiny: Tiny, tmp_path: Path) -> No
         )
 
 
+def test_norms_of_gemma_are_stored_as_what_multiplies(tiny: Tiny, tmp_path: Path) -> None:
+    """1 + w rounded once, behind a half divided by 64: the stream is carried in that scale."""
+    student = Student(tiny("gemma3"))
+    saved = Saved(export(student.path, tmp_path / "out"))
+    behind = ("post_attention_layernorm.weight", "post_feedforward_layernorm.weight")
+    for name in student.facts.all_norms():
+        value = saved.by_output[name.replace(".", "_")].attributes["val"]
+        wanted = (1 + student.read(name)) / (64 if name.endswith(behind) else 1)
+        np.testing.assert_array_equal(saved.values(value, "fp16"), wanted.astype(np.float16))
+
+
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_a_tied_matrix_is_stored_once(family: str, tiny: Tiny, tmp_path: Path) -> None:
     student = Student(tiny(family))
@@ -247,7 +258,7 @@ def test_rotations_hold_at_the_last_of_many_positions(family: str, tmp_path: Pat
 
     directory = write_student(tmp_path / "student", family, max_position_embeddings=8192)
     facts = DecoderFacts.from_config(read_json(directory / "config.json"))
-    cos, sin = rope_tables(facts, 8192)
+    cos, sin = rope_tables(facts.rope, facts.head_dim, 8192)
     judge = LlamaRotaryEmbedding(AutoConfig.from_pretrained(directory))
     wanted = judge(torch.zeros(1), torch.arange(8192)[None])
     for table, expected in zip((cos, sin), wanted, strict=True):

@@ -35,13 +35,12 @@ def test_a_recipe_is_told_which_formats_cannot_carry_the_student(
     with pytest.raises(RecipeError) as caught:
         load_recipe(write_recipe(tmp_path, tiny("gemma3"), listed))
     found = [str(problem) for problem in caught.value.problems]
-    assert len(found) == 2
-    for problem, place, words in zip(found, ("[1]", "[2]"), ("ONNX", "Core ML"), strict=True):
-        assert f"export{place}: gemma3_text cannot be exported to {words} yet" in problem
-        assert "norms that multiply by 1 + w" in problem
-        assert "layers that attend to a sliding window" in problem
-        assert "hint: export it to gguf" in problem
-    targets = "targets:\n  phone: {{format: coreml}}\n  pi: {{format: gguf}}\n"
+    [problem] = found
+    assert "export[1]: gemma3_text cannot be exported to ONNX yet" in problem
+    assert "norms that multiply by 1 + w" in problem
+    assert "layers that attend to a sliding window" in problem
+    assert "hint: export it to coreml or gguf" in problem
+    targets = "targets:\n  phone: {{format: onnx}}\n  pi: {{format: gguf}}\n"
     with pytest.raises(
         RecipeError, match=r"targets\.phone\.format: gemma3_text cannot be exported"
     ):
@@ -51,12 +50,9 @@ def test_a_recipe_is_told_which_formats_cannot_carry_the_student(
     assert load_recipe(write_recipe(tmp_path, tiny("gemma3"))).facts is not None
 
 
-@pytest.mark.parametrize("name", ["onnx", "coreml"])
-def test_an_exporter_refuses_it_too_and_writes_nothing(
-    tiny: Tiny, tmp_path: Path, name: str
-) -> None:
+def test_an_exporter_refuses_it_too_and_writes_nothing(tiny: Tiny, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="gemma3_text cannot be exported"):
-        load_plugin("exporters", name)().export(
+        load_plugin("exporters", "onnx")().export(
             Student(tiny("gemma3")), tmp_path, context_tokens=64
         )
     assert not list(tmp_path.iterdir())

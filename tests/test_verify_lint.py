@@ -332,12 +332,18 @@ def test_names_of_a_gguf_are_the_packages_own(tiny: Tiny, family: str) -> None:
         (no_layer_slides, "sliding window"),
     ],
 )
+@pytest.mark.parametrize("format_name", ["gguf", "coreml"])
 def test_what_a_gemma_does_otherwise_is_named(
-    tiny: Tiny, tmp_path: Path, fault: Callable[[dict[str, Any]], None], name: str
+    tiny: Tiny,
+    tmp_path: Path,
+    fault: Callable[[dict[str, Any]], None],
+    name: str,
+    format_name: str,
 ) -> None:
     faulty = shutil.copytree(tiny("gemma3"), tmp_path / "faulty")
     edit_json(faulty / "config.json", fault)
-    found = failed(lint(export(faulty, tmp_path / "a", "gguf"), "gguf", tiny("gemma3")))
+    artifact = export(faulty, tmp_path / "a", format_name)
+    found = failed(lint(artifact, format_name, tiny("gemma3")))
     assert name in found
     assert found <= {name, "sliding layers", "RoPE theta of sliding layers"}
 

@@ -53,13 +53,13 @@ FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
         },
     },
 }
-# Those that every format holds; Gemma 3 is refused by name outside GGUF.
+# Those of plain blocks; ONNX refuses the others by name.
 PLAIN_FAMILIES = [family for family in FAMILY_CONFIGS if family != "gemma3"]
 EXPORTS = [
     (family, name)
     for family in FAMILY_CONFIGS
     for name in ("gguf", "onnx", "coreml")
-    if name == "gguf" or family in PLAIN_FAMILIES
+    if name != "onnx" or family in PLAIN_FAMILIES
 ]
 
 

@@ -13,10 +13,8 @@ from typing import Any, ClassVar
 
 import edgedistill
 from edgedistill.coreml_weights import INTEGER_BITS, TABLE_BITS
-from edgedistill.decoder import DecoderFacts
 from edgedistill.errors import InputError
 from edgedistill.exporter import Exporter
-from edgedistill.plain_blocks import plain_block_problems
 from edgedistill.quantized import Grid
 from edgedistill.student import Student, copy_side_files, write_json
 
@@ -39,10 +37,6 @@ class Coreml(Exporter):
     def holds(self, grid: Grid) -> bool:
         """2, 3, 4 and 8 bits in groups of any size, with fixed and with integer zeros."""
         return grid.bits in (*TABLE_BITS, *INTEGER_BITS)
-
-    def problems(self, facts: DecoderFacts) -> list[str]:
-        """Whatever its blocks have beyond plain ones: the graph has no nodes for it yet."""
-        return plain_block_problems(facts, "Core ML")
 
     def stored_bytes(self, shape: tuple[int, ...], grid: Grid | None) -> int:
         """Codes, float16 scales, zeros as wide as what they are taken from; float16 of all else."""
