@@ -21,13 +21,14 @@ FULL, SLIDING = "rope", "rope_sliding"
 def rope_tables(
     rope: Rope, rotary_dim: int, places: int
 ) -> tuple[npt.NDArray[np.float16], npt.NDArray[np.float16]]:
-    """Cosine and sine of every angle: float16 [places, rotary_dim / 2] each.
+    """Cosine and sine of every angle: float16 [places, rotary_dim / 2] each, scaled if RoPE is.
 
     Taken in float64: a float16 angle would be off by whole turns after a few thousand tokens.
     """
     frequencies = rope.inverse_frequencies(rotary_dim).astype(np.float64)
     angles = np.arange(places, dtype=np.float64)[:, None] * frequencies
-    return np.cos(angles).astype(np.float16), np.sin(angles).astype(np.float16)
+    cos, sin = (rope.attention_factor * turned for turned in (np.cos(angles), np.sin(angles)))
+    return cos.astype(np.float16), sin.astype(np.float16)
 
 
 class Places:

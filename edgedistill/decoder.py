@@ -7,10 +7,19 @@ and never look at ``model_type``.  A model that needs a fact that is not here is
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from edgedistill.errors import InputError
+from edgedistill.layer_kinds import (
+    LayerRule,
+    above_max_window_layers,
+    all_but_every_second,
+    all_layers,
+    by_no_rope,
+    by_sliding_window_pattern,
+    unrotated_ones,
+)
 from edgedistill.rope import Rope, positive, read_layered_ropes, read_rope
 
 Activation = Literal["silu", "gelu_tanh"]
@@ -22,39 +31,100 @@ class _Family:
 
     Attributes:
         attention_bias, output_bias, qk_norm: as of :class:`DecoderFacts`.
-        norm_offset, post_norms, scaled_embedding: likewise.
-        slides: whether its config says of each layer how it attends.
+        optional_bias: whether ``attention_bias`` of its config gives both.
+        norm_offset, post_norms, scaled_embedding: as of :class:`DecoderFacts`.
+        windows: which of its layers attend to a window; None: none can.
+        unrotated: which of its layers are not rotated; None: all are rotated.
+        two_ropes: whether layers that attend to a window have a rotary embedding of their own.
+        scalar_key: what its config calls the number whose inverse root is the attention scale.
+        numbers: other facts -> what its config calls them; what is null there is left out.
         activation_key: where the config names the activation, and ``activation`` its default.
-        defaults: of keys that its config may leave out.
+        defaults: of keys that its config may leave out, those of its class in transformers.
     """
 
     attention_bias: bool = False
     output_bias: bool = False
+    optional_bias: bool = False
     qk_norm: bool = False
     norm_offset: float = 0.0
     post_norms: bool = False
     scaled_embedding: bool = False
-    slides: bool = False
+    windows: LayerRule | None = None
+    unrotated: LayerRule | None = None
+    two_ropes: bool = False
+    scalar_key: str | None = None
+    numbers: dict[str, str] = field(default_factory=dict)
     activation_key: str = "hidden_act"
     activation: str = "silu"
     defaults: dict[str, Any] = field(default_factory=dict)
 
 
+_GEMMA = _Family(
+    norm_offset=1.0,
+    post_norms=True,
+    scaled_embedding=True,
+    scalar_key="query_pre_attn_scalar",
+    activation_key="hidden_activation",
+    activation="gelu_pytorch_tanh",
+    defaults={
+        "head_dim": 256,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "tie_word_embeddings": True,
+    },
+)
 FAMILIES: dict[str, _Family] = {
-    "llama": _Family(),
-    "mistral": _Family(),
-    "qwen2": _Family(attention_bias=True),
-    "qwen3": _Family(qk_norm=True),
-    "gemma3_text": _Family(
+    "llama": _Family(optional_bias=True),
+    "mistral": _Family(windows=all_layers, defaults={"sliding_window": 4096}),
+    "qwen2": _Family(
+        attention_bias=True,
+        windows=above_max_window_layers,
+        defaults={"sliding_window": 4096, "max_window_layers": 28},
+    ),
+    "qwen3": _Family(
+        optional_bias=True,
         qk_norm=True,
-        norm_offset=1.0,
-        post_norms=True,
-        scaled_embedding=True,
-        slides=True,
-        activation_key="hidden_activation",
-        activation="gelu_pytorch_tanh",
-        # Those of transformers' Gemma3TextConfig.
-        defaults={"head_dim": 256, "query_pre_attn_scalar": 256, "tie_word_embeddings": True},
+        windows=above_max_window_layers,
+        defaults={"head_dim": 128, "sliding_window": 4096, "max_window_layers": 28},
+    ),
+    "smollm3": _Family(
+        optional_bias=True,
+        windows=unrotated_ones,
+        unrotated=by_no_rope,
+        defaults={"rope_theta": 2_000_000.0, "tie_word_embeddings": True},
+    ),
+    "granite": _Family(
+        optional_bias=True,
+        numbers={
+            "attention_scale": "attention_multiplier",
+            "embedding_multiplier": "embedding_multiplier",
+            "residual_multiplier": "residual_multiplier",
+            "logits_divisor": "logits_scaling",
+        },
+        defaults={
+            "attention_multiplier": 1.0,
+            "embedding_multiplier": 1.0,
+            "residual_multiplier": 1.0,
+            "logits_scaling": 1.0,
+        },
+    ),
+    "gemma2": replace(
+        _GEMMA,
+        windows=all_but_every_second,
+        numbers={
+            "attention_softcap": "attn_logit_softcapping",
+            "logits_softcap": "final_logit_softcapping",
+        },
+        defaults=_GEMMA.defaults
+        | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+    ),
+    "gemma3_text": replace(
+        _GEMMA,
+        qk_norm=True,
+        windows=by_sliding_window_pattern,
+        two_ropes=True,
+        # Not that of attention, which transformers itself leaves out unless it runs "eager".
+        numbers={"logits_softcap": "final_logit_softcapping"},
     ),
 }
 ACTIVATIONS: dict[str, Activation] = {
@@ -62,8 +132,6 @@ ACTIVATIONS: dict[str, Activation] = {
     "swish": "silu",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
-# Of Gemma 3, where a config does not list the layers: every sixth attends to all.
-SLIDING_PATTERN = 6
 # Beyond any model; a damaged config must not make us list tensors without end.
 MOST_LAYERS, LARGEST_SIZE = 4096, 1 << 31
 
@@ -82,7 +150,7 @@ class DecoderFacts:
         attention_scale: of the products of queries and keys; None: ``head_dim ** -0.5``.
         sliding_layers: of each layer whether it attends to a window; empty: none does.
         window_tokens: that such a layer attends to, the token itself among them.
-        sliding_rope: of such layers.
+        sliding_rope: of such layers; None: they have that of the others.
         unrotated_layers: of each layer whether its queries and keys are not rotated; empty: all
             are.
         rotated_dims: of a head, the first ones, that are rotated; None: all.
@@ -156,17 +224,19 @@ class DecoderFacts:
         """How many of a head's dimensions are rotated."""
         return self.rotated_dims or self.head_dim
 
+    def slides(self, layer: int) -> bool:
+        """Whether a layer attends to a window."""
+        return bool(self.sliding_layers) and self.sliding_layers[layer]
+
     def window_of(self, layer: int) -> int | None:
         """Tokens that a layer attends to; None for all."""
-        return self.window_tokens if self.sliding_layers and self.sliding_layers[layer] else None
+        return self.window_tokens if self.slides(layer) else None
 
     def rope_of(self, layer: int) -> Rope | None:
         """The rotary embedding of a layer; None where it has none."""
         if self.unrotated_layers and self.unrotated_layers[layer]:
             return None
-        if self.sliding_rope is None or self.window_of(layer) is None:
-            return self.rope
-        return self.sliding_rope
+        return self.sliding_rope if self.sliding_rope and self.slides(layer) else self.rope
 
     def linears(self, layer: int) -> dict[str, str]:
         """Short name -> tensor name of a block's seven matrices, in the order of their use."""
@@ -263,7 +333,7 @@ class DecoderFacts:
         head_dim = _size(config, "head_dim", hidden // heads)
         if heads % kv_heads or head_dim % 2:
             raise ValueError(f"{heads} heads share {kv_heads} key heads of {head_dim}")
-        bias = bool(config.get("attention_bias")) if kind in ("llama", "qwen3") else False
+        bias = family.optional_bias and bool(config.get("attention_bias"))
         layers = _size(config, "num_hidden_layers", most=MOST_LAYERS)
         return cls(
             family=kind,
@@ -285,29 +355,34 @@ class DecoderFacts:
             post_norms=family.post_norms,
             scaled_embedding=family.scaled_embedding,
             **_attention(family, config, layers, where),
+            **_numbers(family, config),
         )
 
 
 def _attention(family: _Family, config: dict[str, Any], layers: int, where: str) -> dict[str, Any]:
-    """How the layers attend: alike, or some of them to a window, with a base of its own."""
-    if not family.slides:
-        return {"rope": read_rope(config, where)}
-    full, sliding = read_layered_ropes(config, where)
-    kinds = config.get("layer_types")
-    if kinds is None:
-        pattern = _size(config, "sliding_window_pattern", SLIDING_PATTERN)
-        slides = [(layer + 1) % pattern != 0 for layer in range(layers)]
+    """How the layers attend: to all or to a window, rotated by which base, or not at all."""
+    found: dict[str, Any] = {}
+    if family.two_ropes:
+        found["rope"], sliding = read_layered_ropes(config, where)
     else:
-        slides = [kind == "sliding_attention" for kind in kinds]
-        unknown = set(kinds) - {"sliding_attention", "full_attention"}
-        if unknown or len(slides) != layers:
-            raise ValueError(f"layer_types are {len(slides)} of {sorted(set(kinds))}")
-    found: dict[str, Any] = {"rope": full}
-    found["attention_scale"] = positive(config, "query_pre_attn_scalar") ** -0.5
+        found["rope"], sliding = read_rope(config, where), None
+    slides = family.windows(config, layers) if family.windows else []
     if any(slides):
-        found |= {"sliding_layers": tuple(slides), "sliding_rope": sliding}
         window = {"sliding_window": config.get("sliding_window") or 0}
+        found |= {"sliding_layers": tuple(slides), "sliding_rope": sliding}
         found["window_tokens"] = _size(window, "sliding_window")
+    bare = family.unrotated(config, layers) if family.unrotated else []
+    if any(bare):
+        found["unrotated_layers"] = tuple(bare)
+    return found
+
+
+def _numbers(family: _Family, config: dict[str, Any]) -> dict[str, Any]:
+    """Scales and soft caps."""
+    stated = {n: key for n, key in family.numbers.items() if config.get(key) is not None}
+    found = {name: positive(config, key) for name, key in stated.items()}
+    if family.scalar_key:
+        found["attention_scale"] = positive(config, family.scalar_key) ** -0.5
     return found
 
 
@@ -332,9 +407,9 @@ def _size(
 def _refuse_unknown(family: _Family, config: dict[str, Any], where: str) -> None:
     window = config.get("sliding_window")
     problem = None
-    if window and config.get("use_sliding_window", True) and not family.slides:
+    if window and config.get("use_sliding_window", True) and not family.windows:
         problem = f"sliding_window {window}"
-    elif family.slides and config.get("attention_bias"):
+    elif family.norm_offset and config.get("attention_bias"):
         problem = "attention_bias"
     elif config.get("mlp_bias"):
         problem = "mlp_bias"
@@ -343,7 +418,7 @@ def _refuse_unknown(family: _Family, config: dict[str, Any], where: str) -> None
     elif config.get("quantization_config"):
         problem = "quantization_config (the student is quantized already)"
     for key in ("attn_logit_softcapping", "final_logit_softcapping"):
-        if family.slides and config.get(key):
+        if config.get(key) and key not in family.numbers.values():
             problem = f"{key} {config[key]}"
     if problem:
         raise InputError(f"{problem} is not supported yet", where=where)

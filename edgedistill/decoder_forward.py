@@ -23,9 +23,10 @@ CPU = torch.device("cpu")
 
 
 class Half(NamedTuple):
-    """Half a block: ``hidden += out(exit(inner(entry(norm(hidden)))))``, by short names of facts.
+    """Half a block: ``hidden += r * out(exit(inner(entry(norm(hidden)))))``, by names of facts.
 
-    ``out`` is a norm that some families have; in the others it is nothing.
+    ``out`` is a norm that some families have; in the others it is nothing.  ``r`` is the residual
+    multiplier, 1 in most.
     """
 
     norm: str
@@ -96,7 +97,7 @@ class DecoderForward:
         self.student = student
         self.facts = student.facts
         self.device = device
-        self._inverse = [self._frequencies(layer) for layer in range(self.facts.layers)]
+        self._rotations = [self._rotation(layer) for layer in range(self.facts.layers)]
 
     def logits(self, ids: Tensor) -> Tensor:
         """int64 [batch, tokens] -> float32 [batch, tokens, vocab]."""
@@ -179,12 +180,15 @@ class DecoderForward:
     def leave(self, half: Half, weights: BlockWeights, inner: Tensor) -> Tensor:
         """What the half adds to the stream."""
         out = self._linear(weights, half.exit, inner)
-        return self._norm(out, weights.norms[half.out]) if half.out in weights.norms else out
+        if half.out in weights.norms:
+            out = self._norm(out, weights.norms[half.out])
+        multiplier = self.facts.residual_multiplier
+        return out if multiplier == 1.0 else out * multiplier
 
     def head(self, hidden: Tensor) -> Tensor:
         """[..., hidden] -> logits [..., vocab]."""
-        normalized = self._norm(hidden, self._tensor(self.facts.final_norm))
-        return functional.linear(normalized, self._tensor(self.facts.head))
+        norm, matrix = self._tensor(self.facts.final_norm), self._tensor(self.facts.head)
+        return head_logits(hidden, norm, matrix, self.facts)
 
     def _attention(self, weights: BlockWeights, x: Tensor, past: Past | None) -> Tensor:
         """Causal grouped-query attention: [batch, tokens, hidden] -> [..., heads * head_dim]."""
@@ -198,29 +202,22 @@ class DecoderForward:
         if self.facts.qk_norm:
             q, k = self._norm(q, weights.norms["q"]), self._norm(k, weights.norms["k"])
         before = 0 if past is None else past.tokens
-        inverse = self._inverse[weights.layer]
-        if inverse is not None:
-            q, k = _rotate(q, before, inverse), _rotate(k, before, inverse)
+        rotation = self._rotations[weights.layer]
+        if rotation is not None:
+            q, k = _rotate(q, before, rotation), _rotate(k, before, rotation)
         if past is not None:
             k, v = past.add(k, v)
         mask = _mask(tokens, before, self.facts.window_of(weights.layer), x.device)
-        attended = functional.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            mask,
-            is_causal=mask is None,
-            scale=self.facts.attention_scale,
-            enable_gqa=True,
-        )
+        attended = attend(q, k, v, mask, self.facts)
         return attended.transpose(1, 2).reshape(batch, tokens, -1)
 
-    def _frequencies(self, layer: int) -> Tensor | None:
-        """By which the heads of a layer are rotated: [rotary_dim / 2]; None where they are not."""
+    def _rotation(self, layer: int) -> _Rotation | None:
+        """By which the heads of a layer are rotated; None where they are not."""
         rope = self.facts.rope_of(layer)
         if rope is None:
             return None
-        return torch.from_numpy(rope.inverse_frequencies(self.facts.rotary_dim)).to(self.device)
+        inverse = torch.from_numpy(rope.inverse_frequencies(self.facts.rotary_dim))
+        return _Rotation(inverse.to(self.device), rope.attention_factor)
 
     def _linear(self, weights: BlockWeights, short: str, x: Tensor) -> Tensor:
         """What a matrix of the block makes of its inputs: [..., columns] -> [..., rows]."""
@@ -253,14 +250,72 @@ def rms_norm(x: Tensor, weight: Tensor, facts: DecoderFacts) -> Tensor:
     return functional.rms_norm(x, weight.shape, weight, facts.norm_eps)
 
 
-def _rotate(x: Tensor, before: int, inverse: Tensor) -> Tensor:
-    """Rotary embedding of halves on [batch, heads, tokens, head_dim], from a position on."""
-    tokens = x.shape[2]
+def head_logits(hidden: Tensor, norm: Tensor, matrix: Tensor, facts: DecoderFacts) -> Tensor:
+    """What the head makes of hidden states: [..., hidden] -> logits [..., vocab].
+
+    Args:
+        hidden: what leaves the last block.
+        norm: the weight of the last norm [hidden], as the checkpoint has it.
+        matrix: [vocab, hidden].
+        facts: of the decoder.
+    """
+    logits = functional.linear(rms_norm(hidden, norm, facts), matrix)
+    if facts.logits_divisor != 1.0:
+        logits = logits / facts.logits_divisor
+    return logits if facts.logits_softcap is None else _capped(logits, facts.logits_softcap)
+
+
+def attend(
+    queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, facts: DecoderFacts
+) -> Tensor:
+    """Grouped-query attention: [batch, heads, tokens, head_dim], whose heads share key heads.
+
+    Args:
+        queries: rotated already, as keys are.
+        keys: [batch, kv heads, all tokens, head_dim].
+        values: likewise.
+        mask: bool [tokens, all tokens], true where a token sees another; None: causal.
+        facts: of the decoder.
+    """
+    scale = facts.attention_scale
+    if facts.attention_softcap is None:
+        return functional.scaled_dot_product_attention(
+            queries, keys, values, mask, is_causal=mask is None, scale=scale, enable_gqa=True
+        )
+    if mask is None:
+        mask = torch.ones(2 * queries.shape[2:3], dtype=torch.bool, device=keys.device).tril()
+    shared = facts.heads // facts.kv_heads
+    keys, values = (x.repeat_interleave(shared, dim=1) for x in (keys, values))
+    scores = queries @ keys.transpose(2, 3) * (scale or facts.head_dim**-0.5)
+    scores = _capped(scores, facts.attention_softcap).masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1) @ values
+
+
+def _capped(x: Tensor, cap: float) -> Tensor:
+    return cap * torch.tanh(x / cap)
+
+
+class _Rotation(NamedTuple):
+    """Frequencies [rotary_dim / 2], and what cosines and sines are multiplied by."""
+
+    frequencies: Tensor
+    factor: float
+
+
+def _rotate(x: Tensor, before: int, rotation: _Rotation) -> Tensor:
+    """Rotary embedding of halves on [batch, heads, tokens, head_dim], from a position on.
+
+    Dimensions behind the rotated ones stay as they are.
+    """
+    tokens, inverse = x.shape[2], rotation.frequencies
     positions = torch.arange(before, before + tokens, dtype=torch.float32, device=x.device)
     angles = torch.outer(positions, inverse)
-    cos, sin = angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)  # [tokens, head_dim]
+    # [tokens, rotary_dim]
+    cos, sin = (part.repeat(1, 2) * rotation.factor for part in (angles.cos(), angles.sin()))
+    x, rest = x[..., : 2 * len(inverse)], x[..., 2 * len(inverse) :]
     low, high = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-high, low), dim=-1) * sin
+    rotated = x * cos + torch.cat((-high, low), dim=-1) * sin
+    return torch.cat((rotated, rest), dim=-1) if rest.shape[-1] else rotated
 
 
 def _mask(tokens: int, before: int, window: int | None, device: torch.device) -> Tensor | None:

@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from edgedistill.decoder import MOST_LAYERS, SLIDING_PATTERN
+from edgedistill.decoder import MOST_LAYERS
 from edgedistill.errors import InputError
 from edgedistill.gguf_file import GgufFile
 from edgedistill.gguf_layout import GEMMA3_27B_LAYERS, ROPE_DIVISORS
 from edgedistill.gguf_tokenizer import special_id
+from edgedistill.layer_kinds import SLIDING_PATTERN
 from edgedistill.rope import Rope
 
 # llama.cpp's architecture -> what opens the student in transformers, and what it implies.

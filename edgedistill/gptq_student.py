@@ -182,7 +182,8 @@ class _Walk:
                 ahead = self._as_it_was.inner(half, whole, batch)
                 lacking = functional.linear(ahead - x, whole.linears[half.exit])
                 if added_as_it_is:
-                    lacking += self._as_it_was.hidden(batch) - self._stream.hidden(batch)
+                    behind = self._as_it_was.hidden(batch) - self._stream.hidden(batch)
+                    lacking += behind / self._facts.residual_multiplier
             moments.add(x, lacking=lacking)
         return moments.inputs()
 

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from edgedistill.calibration import Calibration, calibration_ids
 from edgedistill.chat import Chat
-from edgedistill.decoder_forward import CPU, DecoderForward, rms_norm
+from edgedistill.decoder_forward import CPU, DecoderForward, head_logits
 from edgedistill.errors import InputError
 from edgedistill.student import Student
 
@@ -119,8 +119,7 @@ class Head:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[positions, hidden] -> float32 [positions, vocab]."""
-        normalized = rms_norm(hidden, self._norm, self._facts)
-        return functional.linear(normalized, self._matrix)
+        return head_logits(hidden, self._norm, self._matrix, self._facts)
 
     def log_probs(self, hidden: Tensor) -> Tensor:
         """[positions, hidden] -> float32 [positions, vocab]."""

@@ -23,6 +23,7 @@ def beyond_plain_blocks(facts: DecoderFacts) -> list[str]:
         "layers that attend to a sliding window": facts.window_tokens is not None,
         "layers without rotation": any(facts.unrotated_layers),
         "heads that are rotated in part": facts.rotary_dim != facts.head_dim,
+        "rotations that scale what they rotate": facts.rope.attention_factor != 1.0,
         "a soft cap of attention scores": facts.attention_softcap is not None,
         "a soft cap of logits": facts.logits_softcap is not None,
         "a residual multiplier": facts.residual_multiplier != 1.0,

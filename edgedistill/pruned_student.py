@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgedistill.decoder import DecoderFacts
+from edgedistill.layer_kinds import KINDS
 from edgedistill.progress import track
 from edgedistill.student import Student, StudentWriter
 
@@ -34,10 +35,7 @@ def drop_layers(student: Student, dst: Path, dropped: tuple[int, ...]) -> None:
     numbers = {layer: number for number, layer in enumerate(kept)}
     config = {key: _kept_entries(key, v, layers, kept) for key, v in student.config.items()}
     config["num_hidden_layers"] = len(kept)
-    if student.facts.sliding_layers and not config.get("layer_types"):
-        # A pattern that is stated as a number would be counted anew.
-        kinds = ("full_attention", "sliding_attention")
-        config["layer_types"] = [kinds[student.facts.sliding_layers[layer]] for layer in kept]
+    config |= _stated_layers(student.facts, kept)
     with StudentWriter(dst, student, config) as writer:
         for name in track(student.names(), label="dropping layers"):
             match = _BLOCK_TENSOR.fullmatch(name)
@@ -46,6 +44,20 @@ def drop_layers(student: Student, dst: Path, dropped: tuple[int, ...]) -> None:
             elif int(match[1]) in numbers:
                 renumbered = f"model.layers.{numbers[int(match[1])]}.{match[2]}"
                 writer.write(renumbered, student.read(name))
+
+
+def _stated_layers(facts: DecoderFacts, kept: list[int]) -> dict[str, list[Any]]:
+    """Lists of what differs by layer: a pattern that is stated as a number would be counted anew.
+
+    Where all layers are alike there is nothing to count, and some families read no list.
+    """
+    stated: dict[str, list[Any]] = {}
+    if len(set(facts.sliding_layers)) > 1:
+        stated["layer_types"] = [KINDS[facts.sliding_layers[layer]] for layer in kept]
+    if facts.unrotated_layers:
+        # It has 1 for a layer that is rotated.
+        stated["no_rope_layers"] = [int(not facts.unrotated_layers[layer]) for layer in kept]
+    return stated
 
 
 def _kept_entries(key: str, value: Any, layers: int, kept: list[int]) -> Any:

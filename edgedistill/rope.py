@@ -17,6 +17,7 @@ LLAMA3_KEYS = (
     "high_freq_factor",
     "original_max_position_embeddings",
 )
+SCALINGS = ("linear", "llama3", "yarn")
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,13 @@ class Rope:
 
     Attributes:
         theta: base of the frequencies.
-        scaling: None, or the config's parameters of a ``llama3`` or ``linear`` scaling.
+        scaling: None, or the config's parameters of a scaling in ``SCALINGS``.
+        attention_factor: what cosines and sines are multiplied by.
     """
 
     theta: float
     scaling: dict[str, Any] | None = None
+    attention_factor: float = 1.0
 
     def inverse_frequencies(self, head_dim: int) -> npt.NDArray[np.float32]:
         """float32 [head_dim / 2], scaling applied."""
@@ -41,6 +44,7 @@ class Rope:
         """float32 [head_dim / 2]: what each frequency is divided by (GGUF's ``rope_freqs``).
 
         Llama 3.1's rule: https://github.com/meta-llama/llama-models, ``apply_scaling``.
+        YaRN: Peng et al., arXiv 2309.00071, section 3.2.
         """
         exponents = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
         if self.scaling is None:
@@ -48,6 +52,9 @@ class Rope:
         factor = float(self.scaling["factor"])
         if self.scaling["rope_type"] == "linear":
             return np.full(exponents.shape, factor, dtype=np.float32)
+        if self.scaling["rope_type"] == "yarn":
+            kept = 1.0 - _yarn_ramp(self.theta, self.scaling, head_dim)
+            return (1.0 / (kept + (1.0 - kept) / factor)).astype(np.float32)
         wavelengths = 2 * math.pi * self.theta**exponents
         low, high = float(self.scaling["low_freq_factor"]), float(self.scaling["high_freq_factor"])
         turns = float(self.scaling["original_max_position_embeddings"]) / wavelengths
@@ -68,6 +75,11 @@ def read_rope(config: dict[str, Any], where: str) -> Rope:
         KeyError, TypeError, ValueError: a parameter is missing, or of the wrong kind.
     """
     parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    if parameters.get("rope_type", parameters.get("type")) == "yarn":
+        # Where transformers looks for it, first and last.
+        key = "original_max_position_embeddings"
+        stated = config.get(key) or parameters.get(key) or config["max_position_embeddings"]
+        parameters[key] = stated
     return _rope(parameters, config.get("rope_theta", 10000.0), where)
 
 
@@ -111,10 +123,60 @@ def _rope(parameters: dict[str, Any], theta_beside: Any, where: str) -> Rope:
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind == "default":
         return Rope(theta)
-    if kind not in ("linear", "llama3"):
-        raise InputError(f"rope_type {kind!r} is not supported yet", where=where)
-    keys = ("factor",) if kind == "linear" else LLAMA3_KEYS
-    scaling = {key: positive(parameters, key) for key in keys}
-    if kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
+    if kind not in SCALINGS:
+        raise InputError(
+            f"rope_type {kind!r} is not supported yet",
+            where=where,
+            hint=f"scalings that are known: {', '.join(SCALINGS)}",
+        )
+    parameters = parameters | {"rope_type": kind}
+    for key in LLAMA3_KEYS if kind == "llama3" else ("factor",):
+        positive(parameters, key)
+    if kind == "llama3" and parameters["high_freq_factor"] <= parameters["low_freq_factor"]:
         raise ValueError("high_freq_factor is not above low_freq_factor")
-    return Rope(theta, parameters | {"rope_type": kind})
+    if kind != "yarn":
+        return Rope(theta, parameters)
+    for key, usual in (("beta_fast", 32.0), ("beta_slow", 1.0)):
+        parameters[key] = positive({key: parameters.get(key) or usual}, key)
+    positive(parameters, "original_max_position_embeddings")
+    if theta <= 1.0:
+        raise ValueError(f"rope_theta is {theta!r}, which no YaRN stretches")
+    return Rope(theta, parameters, _yarn_attention_factor(parameters))
+
+
+def _yarn_attention_factor(scaling: dict[str, Any]) -> float:
+    """As stated, or ``0.1 ln(factor) + 1`` (arXiv 2309.00071, section 3.4).
+
+    DeepSeek's two ``mscale`` stand before the logarithm, and their quotient counts.
+    """
+    if scaling.get("attention_factor") is not None:
+        return positive(scaling, "attention_factor")
+
+    def magnitude(weight: float) -> float:
+        return 0.1 * weight * math.log(max(1.0, float(scaling["factor"]))) + 1.0
+
+    keys = ("mscale", "mscale_all_dim")
+    if all(scaling.get(key) for key in keys):
+        over, under = (magnitude(positive(scaling, key)) for key in keys)
+        return over / under
+    return magnitude(1.0)
+
+
+def _yarn_ramp(theta: float, scaling: dict[str, Any], head_dim: int) -> npt.NDArray[np.float64]:
+    """float64 [head_dim / 2]: 0 for frequencies that stay as they are, 1 for interpolated ones.
+
+    The bounds are places among the frequencies, those that turn ``beta_fast`` and ``beta_slow``
+    times within the original context.
+    """
+    context = float(scaling["original_max_position_embeddings"])
+
+    def place(turns: float) -> float:
+        return head_dim * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = place(float(scaling["beta_fast"])), place(float(scaling["beta_slow"]))
+    if scaling.get("truncate", True):
+        low, high = float(math.floor(low)), float(math.ceil(high))
+    low, high = max(low, 0.0), min(high, head_dim - 1.0)
+    span = high - low if high != low else 0.001  # as transformers has it
+    ramp: npt.NDArray[np.float64] = np.clip((np.arange(head_dim // 2) - low) / span, 0.0, 1.0)
+    return ramp

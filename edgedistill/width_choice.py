@@ -123,6 +123,7 @@ class WidthChoice:
             # The stream behind a norm cannot be fitted by least squares; what the norm reads can.
             return functional.linear(inner, whole.linears[half.exit])
         lacking = self._whole[number] - self._narrow[number]
+        lacking = lacking / self._decoder.facts.residual_multiplier
         return lacking - whole.biases[half.exit] if half.exit in whole.biases else lacking
 
     def _inner(self, half: Half, weights: BlockWeights, stream: Tensor) -> Tensor:

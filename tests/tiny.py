@@ -37,8 +37,54 @@ FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
         },
     },
     "mistral": {"model_type": "mistral", "tie_word_embeddings": False, "sliding_window": None},
+    "mistral_sliding": {
+        "model_type": "mistral",
+        "tie_word_embeddings": False,
+        "sliding_window": 16,
+    },
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen2_yarn": {
+        "model_type": "qwen2",
+        "tie_word_embeddings": False,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
     "qwen3": {"model_type": "qwen3", "tie_word_embeddings": True, "head_dim": 32},
+    "qwen3_sliding": {
+        "model_type": "qwen3",
+        "tie_word_embeddings": True,
+        "head_dim": 32,
+        "use_sliding_window": True,
+        "sliding_window": 16,
+        "max_window_layers": 1,  # the first attends to all
+    },
+    "smollm3": {
+        "model_type": "smollm3",
+        "tie_word_embeddings": True,
+        "no_rope_layer_interval": 2,  # every second layer is not rotated
+    },
+    "granite": {
+        "model_type": "granite",
+        "tie_word_embeddings": True,
+        "attention_multiplier": 0.75,
+        "embedding_multiplier": 1.5,
+        "residual_multiplier": 0.6,
+        "logits_scaling": 2.0,
+    },
+    "gemma2": {
+        "model_type": "gemma2",
+        "tie_word_embeddings": True,
+        "head_dim": 32,
+        "query_pre_attn_scalar": 24,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "sliding_window": 16,  # of the first layer, and every second from there
+        "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 8.0,
+    },
     "gemma3": {
         "model_type": "gemma3_text",
         "tie_word_embeddings": True,
@@ -54,7 +100,7 @@ FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
     },
 }
 # Those of plain blocks; ONNX refuses the others by name.
-PLAIN_FAMILIES = [family for family in FAMILY_CONFIGS if family != "gemma3"]
+PLAIN_FAMILIES = ["llama", "llama3", "mistral", "qwen2", "qwen3"]
 EXPORTS = [
     (family, name)
     for family in FAMILY_CONFIGS
@@ -133,7 +179,7 @@ def write_student(directory: Path, family: str = "llama", seed: int = 0, **chang
         "hidden_act": "silu",
     }
     fields |= FAMILY_CONFIGS[family] | changes
-    gemma = fields["model_type"] == "gemma3_text"
+    gemma = fields["model_type"] in ("gemma2", "gemma3_text")
     if gemma:
         del fields["hidden_act"]
     torch.manual_seed(seed)

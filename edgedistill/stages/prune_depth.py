@@ -47,10 +47,13 @@ class PruneDepth(Stage):
         return True
 
     def facts_after(self, facts: DecoderFacts) -> DecoderFacts:
-        """So many layers less; which of them attend to a window is not known yet."""
+        """So many layers less; which of them attend to a window, or rotate, is not known yet."""
         layers = max(1, facts.layers - self.layers)
         return dataclasses.replace(
-            facts, layers=layers, sliding_layers=facts.sliding_layers[:layers]
+            facts,
+            layers=layers,
+            sliding_layers=facts.sliding_layers[:layers],
+            unrotated_layers=facts.unrotated_layers[:layers],
         )
 
     def cost(self, facts: DecoderFacts) -> StageCost:

@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from edgedistill.decoder import MOST_LAYERS, SLIDING_PATTERN
+from edgedistill.decoder import MOST_LAYERS
 from edgedistill.errors import InputError
 from edgedistill.gguf_blocks import F16, F32, Q2_0, Q4_0, Q4_1, Q5_0, Q8_0
 from edgedistill.gguf_file import GgufFile, gguf_package
 from edgedistill.gguf_layout import OUTER_NAMES, ROPE_DIVISORS, block_names
 from edgedistill.gguf_tokenizer import adds_bos, special_id
+from edgedistill.layer_kinds import SLIDING_PATTERN
 from edgedistill.verify.stated import Stated, describe
 
 # Counts that the metadata state under the architecture's name.
