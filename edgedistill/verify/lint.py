@@ -165,18 +165,37 @@ def expected_rope(config: Any) -> tuple[float, np.ndarray]:
 def _rope(stated: Stated, config: Any) -> list[Check]:
     theta, divisors = expected_rope(config)
     checks = []
+    equal = _same_frequencies(stated, theta, divisors)
     if stated.rope_theta is not None:
-        passed = _near(stated.rope_theta, theta, stated.rope_tolerance)
+        passed = equal or _near(stated.rope_theta, theta, stated.rope_tolerance)
         checks.append(_check("RoPE theta", passed, f"{theta:g}", f"{stated.rope_theta:.7g}"))
     if stated.rope_divisors is not None:
         found = stated.rope_divisors
-        same = found.shape == divisors.shape and bool(
-            # The base's own error shows in every frequency, so the tables' tolerance holds twice.
-            np.allclose(found, divisors, rtol=2 * stated.rope_tolerance, atol=0)
-        )
+        # The base's own error shows in every frequency, so the tables' tolerance holds twice.
+        same = equal or _all_near(found, divisors, 2 * stated.rope_tolerance)
         spans = (f"frequencies divided by {_span(each)}" for each in (divisors, found))
         checks.append(_check("RoPE scaling", same, *spans))
     return checks
+
+
+def _same_frequencies(stated: Stated, theta: float, divisors: np.ndarray) -> bool:
+    """Whether base and divisors together give what is expected, however they share it.
+
+    Tables do not tell them apart where a scaling divides the fastest frequencies too, as YaRN does
+    in a small head.
+    """
+    if stated.rope_theta is None or stated.rope_divisors is None:
+        return False
+    places = np.arange(len(divisors)) / len(divisors)
+    expected = theta**-places / divisors
+    count = len(stated.rope_divisors)
+    found = stated.rope_theta ** -(np.arange(count) / count) / stated.rope_divisors
+    return _all_near(found, expected, stated.rope_tolerance)
+
+
+def _all_near(found: np.ndarray, expected: np.ndarray, tolerance: float) -> bool:
+    same_shape = found.shape == expected.shape
+    return same_shape and bool(np.allclose(found, expected, rtol=tolerance, atol=0))
 
 
 def _special(stated: Stated, student: Path, also_ends: frozenset[int]) -> list[Check]:

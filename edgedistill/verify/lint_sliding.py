@@ -17,15 +17,15 @@ def sliding_checks(stated: Stated, config: Any) -> list[Check]:
         stated: what the artifact says.
         config: of ``transformers``.
     """
-    kinds = list(getattr(config, "layer_types", None) or [])
-    slides = tuple(kind == "sliding_attention" for kind in kinds)
+    slides = _slides(config)
     if stated.sliding_layers is None or not (any(slides) or any(stated.sliding_layers)):
         return []
     expected = int(config.sliding_window) if any(slides) else None
     found = [_same("sliding window", expected, stated.window_tokens)]
     found.append(_same("sliding layers", _layers(slides), _layers(stated.sliding_layers)))
-    if any(slides):
-        theta = float(config.rope_parameters["sliding_attention"]["rope_theta"])
+    own = dict(config.rope_parameters).get("sliding_attention")
+    if any(slides) and own is not None:
+        theta = float(own["rope_theta"])
         stated_theta = stated.sliding_rope_theta
         near = stated_theta is not None and abs(stated_theta - theta) <= (
             stated.rope_tolerance * theta
@@ -34,6 +34,14 @@ def sliding_checks(stated: Stated, config: Any) -> list[Check]:
         detail = shown if near else f"{shown}, expected {theta:g}"
         found.append(Check(name="lint: RoPE theta of sliding layers", passed=near, detail=detail))
     return found
+
+
+def _slides(config: Any) -> tuple[bool, ...]:
+    """Of each layer whether it attends to a window: all, where a config lists no layers."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        return (getattr(config, "sliding_window", None) is not None,) * config.num_hidden_layers
+    return tuple(kind == "sliding_attention" for kind in kinds)
 
 
 def _layers(slides: tuple[bool, ...]) -> str:
