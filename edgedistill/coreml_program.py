@@ -22,6 +22,7 @@ bounds are data have crashed on devices, those whose bounds are shapes run.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,31 +30,41 @@ import numpy as np
 from edgedistill.coreml_attention import Attention, Places
 from edgedistill.coreml_norms import Norms
 from edgedistill.coreml_ops import NamedOps, Var
-from edgedistill.coreml_weights import Weights
+from edgedistill.coreml_weights import Parts, Weights
 from edgedistill.decoder import DecoderFacts
-from edgedistill.progress import track
 from edgedistill.quiet_coremltools import import_coremltools
 from edgedistill.student import Student
 
 PLACES_MULTIPLE = 32  # the Neural Engine refuses other state sizes (apple/coremltools #2631)
 
 
-def build_program(student: Student, context_tokens: int) -> tuple[Any, list[Any]]:
-    """The program of a student and the description of its inputs, as ``coremltools.convert`` wants.
+@dataclass(frozen=True)
+class Built:
+    """A program without its weights.
+
+    Attributes:
+        program: ``mil.Program``; its large constants are placeholders of the right shapes.
+        inputs: ``[coremltools.TensorType, ...]``.
+        blobs: constant -> the bytes that belong there, read when they are asked for.
+    """
+
+    program: Any
+    inputs: list[Any]
+    blobs: dict[str, Parts]
+
+
+def build_program(student: Student, context_tokens: int) -> Built:
+    """The program of a student; of its weights the shapes alone are read.
 
     Args:
-        student: float or quantized; its weights are read one by one, and held as they are stored.
+        student: float or quantized.
         context_tokens: most tokens that the cache holds.
-
-    Returns:
-        (``mil.Program``, ``[coremltools.TensorType, ...]``).
-
-    Raises:
-        InputError: a weight does not fit into float16.
     """
     ct = import_coremltools()
     mil = import_coremltools("coremltools.converters.mil.mil")
     mb, types, facts = mil.Builder, mil.types, student.facts
+    # It counts the constants that it names, and goes on from one program to the next.
+    import_coremltools("coremltools.converters.mil.converter")._reset_conversion_state()
     n, end, m = (mil.get_new_symbol() for _ in range(3))
     places = -(-context_tokens // PLACES_MULTIPLE) * PLACES_MULTIPLE
     cache_shape = (facts.layers, 1, facts.kv_heads, places, facts.head_dim)
@@ -65,11 +76,14 @@ def build_program(student: Student, context_tokens: int) -> tuple[Any, list[Any]
         mb.StateTensorSpec(cache_shape, dtype=types.fp16),
     ]
 
+    blobs: dict[str, Parts] = {}
+
     @mb.program(input_specs=specs, opset_version=ct.target.iOS18)  # type: ignore[untyped-decorator]
     def program(
         input_ids: Var, causal_mask: Var, logit_positions: Var, key_cache: Var, value_cache: Var
     ) -> Var:
-        graph = _DecoderGraph(mb, student, facts, {"key": key_cache, "value": value_cache})
+        weights = Weights(mb, student, blobs)
+        graph = _DecoderGraph(mb, weights, facts, {"key": key_cache, "value": value_cache})
         return graph.build(input_ids, causal_mask, logit_positions, context_tokens)
 
     some = ct.RangeDim(1, context_tokens, default=1)
@@ -78,19 +92,19 @@ def build_program(student: Student, context_tokens: int) -> tuple[Any, list[Any]
         ct.TensorType(name="causal_mask", shape=(1, 1, some, some), dtype=np.float16),
         ct.TensorType(name="logit_positions", shape=(some,), dtype=np.int32),
     ]
-    return program, inputs
+    return Built(program, inputs, blobs)
 
 
 class _DecoderGraph:
     """Emits the ops of one decoder."""
 
     def __init__(
-        self, mb: Any, student: Student, facts: DecoderFacts, states: dict[str, Var]
+        self, mb: Any, weights: Weights, facts: DecoderFacts, states: dict[str, Var]
     ) -> None:
         self._facts = facts
         self._states = states
         self._ops = NamedOps(mb)
-        self._weights = Weights(mb, student)
+        self._weights = weights
         self._norms = Norms(self._ops, self._weights, facts)
 
     def build(self, ids: Var, mask: Var, logit_positions: Var, context_tokens: int) -> Var:
@@ -100,7 +114,7 @@ class _DecoderGraph:
         x = norms.embedded(x)
         places = Places(ops, weights, facts, ids, mask, context_tokens)
         attention = Attention(ops, weights, norms, facts, places, self._states)
-        for layer in track(range(facts.layers), label="writing Core ML"):
+        for layer in range(facts.layers):
             ops.scope = f"layer_{layer}"
             names, linears, biases = facts.norms(layer), facts.linears(layer), facts.biases(layer)
             inner = attention.emit(layer, norms.of_stream(x, names["attention"]))

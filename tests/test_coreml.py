@@ -144,6 +144,21 @@ def test_norms_of_gemma_are_stored_as_what_multiplies(tiny: Tiny, tmp_path: Path
         np.testing.assert_array_equal(saved.values(value, "fp16"), wanted.astype(np.float16))
 
 
+@pytest.mark.parametrize(("family", "mode"), [("gemma3", "TANH_APPROXIMATION"), ("llama", None)])
+def test_the_activation_is_the_familys(
+    family: str, mode: str | None, tiny: Tiny, tmp_path: Path
+) -> None:
+    """Both kinds of gelu differ by less than what float16 tables do to the logits."""
+    saved = Saved(export(tiny(family), tmp_path / "out"))
+    gated = [op for op in saved.ops if op.type in ("silu", "gelu")]
+    assert len(gated) == 3
+    for op in gated:
+        assert op.type == ("gelu" if mode else "silu")
+        if mode:
+            value = saved.by_output[saved.argument(op, "mode").name].attributes["val"]
+            assert list(value.immediateValue.tensor.strings.values) == [mode]
+
+
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_a_tied_matrix_is_stored_once(family: str, tiny: Tiny, tmp_path: Path) -> None:
     student = Student(tiny(family))

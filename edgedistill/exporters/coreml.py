@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import math
-import shutil
 import uuid
 from hashlib import sha256
 from pathlib import Path
@@ -72,10 +69,15 @@ class Coreml(Exporter):
                 f"context_tokens is {context_tokens}, the student knows 1 to {longest}",
                 where=str(student.path),
             )
-        model = _convert(student, context_tokens)
-        spec = model.get_spec()
-        _describe(spec, student, context_tokens)
-        _write_package(spec, Path(model.weights_dir), dst / PACKAGE)
+        from edgedistill.coreml_model import write_model
+        from edgedistill.coreml_program import build_program
+
+        package = dst / PACKAGE
+        built = build_program(student, context_tokens)
+        (package / "Data" / WEIGHTS_FOLDER).mkdir(parents=True)
+        model = write_model(built, package / "Data" / WEIGHTS_FILE)
+        _describe(model, student, context_tokens)
+        _write_program(model, package)
         copy_side_files(student.path, dst)
         write_json(dst / "config.json", student.config)
 
@@ -86,24 +88,6 @@ class Coreml(Exporter):
         return WeightFile(artifact / PACKAGE / "Data" / WEIGHTS_FILE).data_bytes
 
 
-def _convert(student: Student, context_tokens: int) -> Any:
-    from edgedistill.coreml_program import build_program
-    from edgedistill.quiet_coremltools import import_coremltools
-
-    ct = import_coremltools()
-    program, inputs = build_program(student, context_tokens)
-    # Its progress bars would tear ours; errors are raised, not printed.
-    with contextlib.redirect_stderr(io.StringIO()):
-        return ct.convert(
-            program,
-            convert_to="mlprogram",
-            inputs=inputs,
-            minimum_deployment_target=ct.target.iOS18,
-            skip_model_load=True,
-            pass_pipeline=ct.PassPipeline.EMPTY,  # the default one rewrites constants
-        )
-
-
 def _describe(spec: Any, student: Student, context_tokens: int) -> None:
     """Metadata without a date: the same student gives the same bytes."""
     metadata = spec.description.metadata
@@ -111,15 +95,15 @@ def _describe(spec: Any, student: Student, context_tokens: int) -> None:
         f"{student.facts.family} decoder, {context_tokens} tokens of context"
     )
     metadata.versionString = edgedistill.__version__
-    metadata.userDefined.pop("com.github.apple.coremltools.conversion_date", None)
     metadata.userDefined["edgedistill"] = edgedistill.__version__
     metadata.userDefined["context_tokens"] = str(context_tokens)
 
 
-def _write_package(spec: Any, weights: Path, package: Path) -> None:
-    """The layout of an mlpackage, with identifiers made from the contents instead of at random."""
-    (package / "Data" / WEIGHTS_FOLDER).mkdir(parents=True)
-    shutil.copyfile(weights / "weight.bin", package / "Data" / WEIGHTS_FILE)
+def _write_program(spec: Any, package: Path) -> None:
+    """What an mlpackage has beside its weights, identifiers made from the contents, not at random.
+
+    Layout: ``modelpackage/src/ModelPackage.cpp`` of https://github.com/apple/coremltools.
+    """
     program = spec.SerializeToString(deterministic=True)
     (package / "Data" / MODEL_FILE).write_bytes(program)
     digest = sha256(program).hexdigest()

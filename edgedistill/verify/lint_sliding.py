@@ -40,7 +40,8 @@ def _slides(config: Any) -> tuple[bool, ...]:
     """Of each layer whether it attends to a window: all, where a config lists no layers."""
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
-        return (getattr(config, "sliding_window", None) is not None,) * config.num_hidden_layers
+        slides = getattr(config, "sliding_window", None) is not None
+        return (slides,) * int(config.num_hidden_layers)
     return tuple(kind == "sliding_attention" for kind in kinds)
 
 
