@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -9,9 +10,10 @@ import numpy as np
 from edgedistill.decoder import MOST_LAYERS
 from edgedistill.errors import InputError
 from edgedistill.gguf_file import GgufFile
-from edgedistill.gguf_layout import GEMMA3_27B_LAYERS, ROPE_DIVISORS
+from edgedistill.gguf_layout import ROPE_DIVISORS
+from edgedistill.gguf_limits import NO_ROPE_STEP, WIDE_SCALE_LAYERS
 from edgedistill.gguf_tokenizer import special_id
-from edgedistill.layer_kinds import SLIDING_PATTERN
+from edgedistill.layer_kinds import KINDS, SLIDING_PATTERN
 from edgedistill.rope import Rope
 
 # llama.cpp's architecture -> what opens the student in transformers, and what it implies.
@@ -30,6 +32,22 @@ MODELS: dict[str, dict[str, Any]] = {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
         "hidden_act": "silu",
+    },
+    "smollm3": {
+        "architectures": ["SmolLM3ForCausalLM"],
+        "model_type": "smollm3",
+        "hidden_act": "silu",
+        "no_rope_layer_interval": NO_ROPE_STEP,
+    },
+    "granite": {
+        "architectures": ["GraniteForCausalLM"],
+        "model_type": "granite",
+        "hidden_act": "silu",
+    },
+    "gemma2": {
+        "architectures": ["Gemma2ForCausalLM"],
+        "model_type": "gemma2",
+        "hidden_activation": "gelu_pytorch_tanh",
     },
     "gemma3": {
         "architectures": ["Gemma3ForCausalLM"],
@@ -64,12 +82,22 @@ def gguf_config(file: GgufFile) -> dict[str, Any]:
     return {
         **MODELS[architecture],
         **_shape_fields(file, stated),
-        **(_gemma3_fields(stated) if architecture == "gemma3" else _rope_fields(file, stated)),
+        **_own_fields(file, stated, architecture),
         **special_ids(file.metadata),
         "attention_bias": "blk.0.attn_output.bias" in file.tensors,
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "dtype": "float32",
     }
+
+
+def _own_fields(file: GgufFile, stated: _Stated, architecture: str) -> dict[str, Any]:
+    """What a family's config has of its own, and how it rotates."""
+    if architecture == "gemma3":
+        return _gemma3_fields(stated)
+    ropes = _rope_fields(file, stated)
+    if architecture == "gemma2":
+        return ropes | _gemma2_fields(stated)
+    return ropes | _granite_fields(stated) if architecture == "granite" else ropes
 
 
 class _Stated:
@@ -143,19 +171,78 @@ def _rope_parameters(stated: _Stated) -> dict[str, Any]:
     if kind == "linear":
         factor = stated.number("rope.scaling.factor")
         return {"rope_type": "linear", "rope_theta": theta, "factor": factor}
+    if kind == "yarn":
+        return _yarn_parameters(stated, theta)
     if kind != "none":
         raise InputError(f"rope.scaling.type {kind!r} is not read", where=stated.where)
     return {"rope_type": "default", "rope_theta": theta}
 
 
+def _yarn_parameters(stated: _Stated, theta: float) -> dict[str, Any]:
+    """As llama.cpp's src/llama-context.cpp reads them: its usual factor times the file's."""
+    factor = stated.number("rope.scaling.factor")
+    if not factor > 0.0:
+        raise InputError(f"rope.scaling.factor is {factor}", where=stated.where)
+    parameters = {"rope_type": "yarn", "rope_theta": theta, "factor": factor}
+    context = stated.count("context_length")
+    parameters["original_max_position_embeddings"] = stated.count(
+        "rope.scaling.original_context_length", context
+    )
+    own = stated.number("rope.scaling.attn_factor", 1.0)
+    if own != 1.0:
+        parameters["attention_factor"] = own * (0.1 * math.log(max(1.0, factor)) + 1.0)
+    return parameters
+
+
+def _granite_fields(stated: _Stated) -> dict[str, Any]:
+    """Scales; 0 is llama.cpp's word for none."""
+    heads = stated.count("attention.head_count")
+    wide = max(1, stated.count("embedding_length") // heads)
+    width = stated.count("attention.key_length", wide)
+    return {
+        "attention_multiplier": stated.number("attention.scale", 0.0) or width**-0.5,
+        "embedding_multiplier": stated.number("embedding_scale", 0.0) or 1.0,
+        "residual_multiplier": stated.number("residual_scale", 0.0) or 1.0,
+        "logits_scaling": stated.number("logit_scale"),
+    }
+
+
+def _gemma2_fields(stated: _Stated) -> dict[str, Any]:
+    """What the metadata of Gemma 2 say, and what llama.cpp's src/models/gemma2.cpp says itself."""
+    layers = _listed_layers(stated)
+    period = stated.value("attention.sliding_window_pattern")
+    if not isinstance(period, int) or isinstance(period, bool):  # a list is not read there
+        period = 2
+    slides = [not period or layer % period < period - 1 for layer in range(layers)]
+    return {
+        "query_pre_attn_scalar": _attention_scalar(stated, "gemma2"),
+        "layer_types": [KINDS[one] for one in slides],
+        "sliding_window": stated.count("attention.sliding_window", 4096),
+        "attn_logit_softcapping": stated.number("attn_logit_softcapping", 50.0),
+        "final_logit_softcapping": stated.number("final_logit_softcapping", 30.0),
+    }
+
+
+def _listed_layers(stated: _Stated) -> int:
+    """How many there are, before as many are listed."""
+    layers = stated.count("block_count")
+    if layers > MOST_LAYERS:
+        raise InputError(f"block_count is {layers}", where=stated.where)
+    return layers
+
+
+def _attention_scalar(stated: _Stated, architecture: str) -> int:
+    """Whose inverse root scales attention; the one of 27B is scaled in another way."""
+    wide = stated.count("embedding_length") // stated.count("attention.head_count")
+    is_wide = stated.count("block_count") == WIDE_SCALE_LAYERS[architecture]
+    return wide if is_wide else stated.count("attention.key_length", wide)
+
+
 def _gemma3_fields(stated: _Stated) -> dict[str, Any]:
     """What the metadata of Gemma 3 say, and what llama.cpp's src/models/gemma3.cpp says itself."""
-    layers, heads = stated.count("block_count"), stated.count("attention.head_count")
-    if layers > MOST_LAYERS:  # before as many are listed
-        raise InputError(f"gemma3.block_count is {layers}", where=stated.where)
-    wide = stated.count("embedding_length") // heads
-    # The one of 27B scales its attention in another way.
-    scalar = wide if layers == GEMMA3_27B_LAYERS else stated.count("attention.key_length", wide)
+    layers, scalar = _listed_layers(stated), _attention_scalar(stated, "gemma3")
+    if stated.text("rope.scaling.type", "none") == "yarn":
+        raise InputError("YaRN of sliding layers is not read", where=stated.where)
     sliding = stated.number("rope.freq_base_swa", 10000.0)
     fields: dict[str, Any] = {
         "query_pre_attn_scalar": scalar,
@@ -168,8 +255,7 @@ def _gemma3_fields(stated: _Stated) -> dict[str, Any]:
     }
     if stated.number("attention.sliding_window", 0) > 0:
         fields["sliding_window"] = stated.count("attention.sliding_window")
-        kinds = ("full_attention", "sliding_attention")
-        fields["layer_types"] = [kinds[slides] for slides in _sliding_layers(stated, layers)]
+        fields["layer_types"] = [KINDS[slides] for slides in _sliding_layers(stated, layers)]
     return fields
 
 

@@ -35,8 +35,7 @@ def convert_gguf(src: Path, dst: Path) -> None:
     """Write the model of a GGUF file as a float32 student in the Hugging Face layout.
 
     Args:
-        src: a GGUF file, of the architecture llama (mistral too), qwen2, qwen3
-            or gemma3.
+        src: a GGUF file of an architecture in ``gguf_config.MODELS`` (mistral is llama there).
         dst: an empty directory; tensors go there one by one.
 
     Raises:

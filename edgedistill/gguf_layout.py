@@ -16,10 +16,15 @@ ARCHITECTURES = {
     "mistral": "llama",
     "qwen2": "qwen2",
     "qwen3": "qwen3",
+    "smollm3": "smollm3",
+    "granite": "granite",
+    "gemma2": "gemma2",
     "gemma3_text": "gemma3",
 }
-# By which llama.cpp knows the Gemma 3 whose attention is scaled in another way.
-GEMMA3_27B_LAYERS = 62
+# Those that rotate neighbours (``llama_model_rope_type`` in src/llama-model.cpp), and those with
+# norms behind the halves.
+ROTATE_NEIGHBOURS = ("llama", "smollm3", "granite")
+SANDWICHED = ("gemma2", "gemma3")
 OUTER_NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
@@ -50,7 +55,7 @@ _BLOCK = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 def block_names(architecture: str) -> dict[str, str]:
     """Names inside a block: the checkpoint's -> GGUF's, of one of llama.cpp's architectures."""
-    return _BLOCK_NAMES | (_SANDWICHED_NORM_NAMES if architecture == "gemma3" else _NORM_NAMES)
+    return _BLOCK_NAMES | (_SANDWICHED_NORM_NAMES if architecture in SANDWICHED else _NORM_NAMES)
 
 
 def tensor_name(facts: DecoderFacts, name: str) -> str:
@@ -67,10 +72,10 @@ def tensor_name(facts: DecoderFacts, name: str) -> str:
 def row_order(facts: DecoderFacts, name: str) -> npt.NDArray[np.intp] | None:
     """Row numbers of a checkpoint's tensor in the order that GGUF stores them, or None: as it is.
 
-    llama.cpp's ``llama`` architecture rotates neighbours (2i, 2i + 1), a Hugging Face checkpoint
+    Some of llama.cpp's architectures rotate neighbours (2i, 2i + 1), a Hugging Face checkpoint
     halves (i, i + head_dim / 2); so the rows of q and k, weights and biases, are interleaved.
     """
-    if ARCHITECTURES[facts.family] != "llama":
+    if ARCHITECTURES[facts.family] not in ROTATE_NEIGHBOURS:
         return None
     heads = {"q_proj": facts.heads, "k_proj": facts.kv_heads}.get(name.split(".")[-2])
     if heads is None:

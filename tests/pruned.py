@@ -12,7 +12,8 @@ import torch
 
 from edgedistill.healing_results import HEALING_FILE, Healing
 from edgedistill.stages.heal import Heal
-from edgedistill.student import Student, StudentWriter
+from edgedistill.student import Student, StudentWriter, read_json, write_json
+from tests.tiny import write_student
 
 Change = Callable[[str, npt.NDArray[np.float32]], npt.NDArray[np.float32]]
 
@@ -79,3 +80,17 @@ def empty(directory: Path) -> Path:
     """A new directory."""
     directory.mkdir(parents=True)
     return directory
+
+
+def folded_multiplier(directory: Path) -> tuple[Path, Path]:
+    """Two students that compute the same: a residual multiplier of 1/2, and halved matrices."""
+    apart = write_student(directory / "apart", "granite", residual_multiplier=0.5)
+
+    def halve(name: str, values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        exits = name.endswith(("o_proj.weight", "down_proj.weight"))
+        return values * np.float32(0.5) if exits else values
+
+    folded = edited(apart, directory / "folded", halve)
+    config = read_json(folded / "config.json") | {"residual_multiplier": 1.0}
+    write_json(folded / "config.json", config)
+    return apart, folded

@@ -16,7 +16,7 @@ from edgedistill.decoder_forward import DecoderForward, Past
 from edgedistill.errors import InputError
 from edgedistill.rope import Rope
 from edgedistill.student import Student
-from tests.tiny import FAMILY_CONFIGS
+from tests.tiny import FAMILY_CONFIGS, write_student
 
 
 @pytest.mark.parametrize("family", FAMILY_CONFIGS)
@@ -43,14 +43,13 @@ def test_decoder_equals_transformers_past_the_original_context(
         ("qwen2_yarn", {"rope": Rope(10000.0)}),
         ("qwen3_sliding", {"sliding_layers": (True,) * 3}),
         ("smollm3", {"unrotated_layers": ()}),
-        ("smollm3", {"unrotated_layers": (True, False, True)}),
+        ("smollm3", {"unrotated_layers": (True, False, False, True)}),
         ("granite", {"attention_scale": None}),
         ("granite", {"embedding_multiplier": 1.0}),
         ("granite", {"residual_multiplier": 1.0}),
         ("granite", {"logits_divisor": 1.0}),
         ("gemma2", {"attention_softcap": None}),
         ("gemma2", {"logits_softcap": None}),
-        ("gemma2", {"attention_scale": None}),
         ("gemma2", {"sliding_layers": (False, True, False)}),
     ],
     ids=str,
@@ -71,6 +70,33 @@ def test_a_fact_that_is_left_out_shows(
         without.log_softmax(-1), logits.log_softmax(-1), log_target=True, reduction="sum"
     )
     assert apart / ids.numel() > 0.02  # nats a token
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("smollm3", {"no_rope_layers": [0, 1, 0, 1, 1]}),
+        ("smollm3", {"use_sliding_window": True, "sliding_window": 16}),
+        ("smollm3", {"attention_bias": True}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}),
+        ("granite", {"attention_bias": True}),
+        ("gemma2", {"layer_types": ["full_attention"] * 2 + ["sliding_attention"]}),
+        ("gemma2", {"attn_logit_softcapping": None}),
+        ("gemma3", {"final_logit_softcapping": 8.0}),
+    ],
+    ids=str,
+)
+def test_variants_of_a_family_equal_transformers(
+    tmp_path: Path, family: str, changes: dict[str, Any]
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    student = Student(write_student(tmp_path / "student", family, **changes))
+    ids = torch.randint(0, 512, (1, 60), generator=torch.Generator().manual_seed(1))
+    model = AutoModelForCausalLM.from_pretrained(student.path, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        logits, expected = DecoderForward(student).logits(ids), model(ids).logits
+    torch.testing.assert_close(logits, expected, atol=2e-3, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILY_CONFIGS)
@@ -151,9 +177,10 @@ def _facts(student: Path, **changes: Any) -> DecoderFacts:
 def test_layers_without_rotation_are_those_of_transformers(tiny: Callable[[str], Path]) -> None:
     """In transformers ``no_rope_layers`` has 1 where a layer uses its RoPE."""
     student = tiny("smollm3")
-    assert Student(student).config["no_rope_layers"] == [1, 0, 1]
-    assert _facts(student).unrotated_layers == (False, True, False)
-    assert _facts(student, no_rope_layers=[0, 1, 1, 0]).unrotated_layers == (True, False, False)
+    assert Student(student).config["no_rope_layers"] == [1, 1, 1, 0]
+    assert _facts(student).unrotated_layers == (False, False, False, True)
+    listed = _facts(student, no_rope_layers=[0, 1, 0, 1, 0])
+    assert listed.unrotated_layers == (True, False, True, False)
     every_fourth = _facts(
         student, no_rope_layers=None, no_rope_layer_interval=None, num_hidden_layers=8,
         layer_types=None,
@@ -163,9 +190,9 @@ def test_layers_without_rotation_are_those_of_transformers(tiny: Callable[[str],
     ] * 3 + [True]
     # Its windows are where it is not rotated, and its base is one of its own.
     slides = _facts(student, use_sliding_window=True, sliding_window=16, layer_types=None)
-    assert slides.sliding_layers == (False, True, False)
-    assert slides.rope_of(1) is None
-    assert slides.window_of(1) == 16
+    assert slides.sliding_layers == (False, False, False, True)
+    assert slides.rope_of(3) is None
+    assert slides.window_of(3) == 16
     assert _facts(student, rope_parameters=None).rope == Rope(2e6)
 
 
@@ -233,7 +260,7 @@ def test_yarn_is_that_of_transformers(tmp_path: Path, changes: dict[str, Any]) -
     ("family", "change", "named"),
     [
         ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers"),
-        ("smollm3", {"layer_types": ["sliding_attention"] * 3}, "use_sliding_window"),
+        ("smollm3", {"layer_types": ["sliding_attention"] * 4}, "use_sliding_window"),
         ("smollm3", {"mlp_bias": True}, "mlp_bias"),
         ("qwen3_sliding", {"layer_types": None, "max_window_layers": None}, "max_window_layers"),
         ("mistral_sliding", {"layer_types": ["full_attention"] * 3}, "layer_types"),

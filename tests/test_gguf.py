@@ -16,7 +16,7 @@ from edgedistill.plugins import load_plugin
 from edgedistill.quantized import Grid
 from edgedistill.student import Student, StudentWriter, read_json, write_json
 from tests.rounded import random_grid_student, random_tensor
-from tests.tiny import FAMILY_CONFIGS
+from tests.tiny import FAMILY_CONFIGS, GGUF_FAMILIES
 
 Tiny = Callable[[str], Path]
 # GGUF's name of each of a block's matrices, as llama.cpp's architecture lists have them.
@@ -38,14 +38,36 @@ NORMS = {
         "blk.2.attn_norm": "layers.2.input_layernorm",
         "blk.2.ffn_norm": "layers.2.post_attention_layernorm",
     },
-    "gemma3": {
+    "gemma": {
         "output_norm": "norm",
         "blk.2.attn_norm": "layers.2.input_layernorm",
-        "blk.2.attn_q_norm": "layers.2.self_attn.q_norm",
-        "blk.2.attn_k_norm": "layers.2.self_attn.k_norm",
         "blk.2.post_attention_norm": "layers.2.post_attention_layernorm",
         "blk.2.ffn_norm": "layers.2.pre_feedforward_layernorm",
         "blk.2.post_ffw_norm": "layers.2.post_feedforward_layernorm",
+    },
+}
+# What a family's own keys state, as of its config in tests/tiny.py.
+OWN_KEYS: dict[str, dict[str, Any]] = {
+    "qwen2_yarn": {
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": 4.0,
+        "rope.scaling.original_context_length": 64,
+        "rope.scaling.attn_factor": 1.0,
+    },
+    "granite": {
+        "attention.scale": 0.75,
+        "embedding_scale": 1.5,
+        "residual_scale": pytest.approx(0.6),
+        "logit_scale": 2.0,
+    },
+    "gemma2": {
+        "attention.sliding_window_pattern": 2,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 8.0,
+    },
+    "gemma3": {
+        "attention.sliding_window_pattern": [True, False, True],
+        "rope.freq_base_swa": 500.0,
     },
 }
 
@@ -97,7 +119,7 @@ def _stored_matrices(path: Path) -> dict[str, tuple[int, npt.NDArray[np.uint8]]]
         rows = int(tensor.shape[1])
         blocks = np.array(tensor.data).reshape(rows, -1).view(np.uint8)
         short = tensor.name.split(".")[-2]
-        if _architecture(reader) == "llama" and short in heads:
+        if _architecture(reader) in ("llama", "smollm3", "granite") and short in heads:
             blocks = _halves(blocks, heads[short])
         stored[_checkpoint_name(tensor.name)] = (int(tensor.tensor_type), blocks)
     return stored
@@ -200,7 +222,7 @@ def test_the_package_reads_five_bits_of_a_stage_as_the_student_has_them(
         assert np.array_equal(weights, student.read(name))
 
 
-@pytest.mark.parametrize("family", FAMILY_CONFIGS)
+@pytest.mark.parametrize("family", GGUF_FAMILIES)
 def test_float_matrices_are_float16_and_vectors_float32(
     tiny: Tiny, tmp_path: Path, family: str
 ) -> None:
@@ -215,15 +237,19 @@ def test_float_matrices_are_float16_and_vectors_float32(
         assert np.array_equal(blocks.view("<f2"), student.read(name).astype(np.float16))
     vectors = {t.name: t for t in gguf.GGUFReader(path).tensors if len(t.shape) == 1}
     assert {int(t.tensor_type) for t in vectors.values()} == {0}
-    for stem, name in NORMS["gemma3" if family == "gemma3" else "others"].items():
+    gemma = family.startswith("gemma")
+    norms = NORMS["gemma" if gemma else "others"]
+    if student.facts.qk_norm:
+        norms = norms | {f"blk.2.attn_{n}_norm": f"layers.2.self_attn.{n}_norm" for n in "qk"}
+    for stem, name in norms.items():
         # llama.cpp multiplies by what is stored, transformers' Gemma by 1 + w.
-        used = student.read(f"model.{name}.weight") + np.float32(family == "gemma3")
+        used = student.read(f"model.{name}.weight") + np.float32(gemma)
         assert np.array_equal(vectors[f"{stem}.weight"].data, used)
     assert ("rope_freqs.weight" in vectors) == (family == "llama3")
     assert ("output.weight" in GgufFile(path).tensors) == (not student.facts.tied_embeddings)
 
 
-@pytest.mark.parametrize("family", FAMILY_CONFIGS)
+@pytest.mark.parametrize("family", GGUF_FAMILIES)
 def test_metadata_state_the_model_and_the_context_that_is_claimed(
     tiny: Tiny, tmp_path: Path, family: str
 ) -> None:
@@ -231,13 +257,14 @@ def test_metadata_state_the_model_and_the_context_that_is_claimed(
 
     path = _export(tiny(family), tmp_path, context_tokens=100)
     fields = {key: field.contents() for key, field in gguf.GGUFReader(path).fields.items()}
-    architecture = {"llama3": "llama", "mistral": "llama"}.get(family, family)
+    others = {"llama3": "llama", "mistral": "llama", "qwen2_yarn": "qwen2"}
+    architecture = others.get(family, family)
     head_dim = FAMILY_CONFIGS[family].get("head_dim", 16)
     assert fields["general.architecture"] == architecture
     stated = {
         "context_length": 100,
         "embedding_length": 64,
-        "block_count": 3,
+        "block_count": Student(tiny(family)).config["num_hidden_layers"],
         "feed_forward_length": 128,
         "attention.head_count": 4,
         "attention.head_count_kv": 2,
@@ -252,16 +279,16 @@ def test_metadata_state_the_model_and_the_context_that_is_claimed(
     assert fields[f"{architecture}.attention.layer_norm_rms_epsilon"] == pytest.approx(1e-5)
     assert fields["general.file_type"] == 1
     assert fields["general.quantization_version"] == 2
-    gemma = family == "gemma3"
+    gemma = family.startswith("gemma")
     assert fields["tokenizer.ggml.model"] == ("llama" if gemma else "gpt2")
     assert fields["tokenizer.ggml.pre"] == ("default" if gemma else "smollm")
     if gemma:
-        assert fields["gemma3.attention.sliding_window"] == 16
-        assert fields["gemma3.attention.sliding_window_pattern"] == [True, False, True]
-        assert fields["gemma3.rope.freq_base_swa"] == 500.0
+        assert fields[f"{family}.attention.sliding_window"] == 16
         assert fields["tokenizer.ggml.add_space_prefix"] is False
         assert fields["tokenizer.ggml.add_bos_token"] is False  # as the student's tokenizer
     assert fields["tokenizer.ggml.eos_token_id"] == 2
+    for key, value in OWN_KEYS.get(family, {}).items():
+        assert fields[f"{architecture}.{key}"] == value
 
 
 def test_a_linear_scaling_of_the_positions_is_stated(tiny: Tiny, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from edgedistill.runtimes.llama_cpp import LlamaCpp
 from edgedistill.student import Student, read_json, write_json
 from tests.artifact_tensors import rewrite_gguf
 from tests.hard_text import hard_strings
-from tests.tiny import FAMILY_CONFIGS
+from tests.tiny import FAMILY_CONFIGS, GGUF_FAMILIES
 
 Tiny = Callable[[str], Path]
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<repo_name>", "<empty_output>")
@@ -63,7 +63,7 @@ def exported(tiny: Tiny, tmp_path: Path) -> Path:
     return _gguf(tiny("llama"), tmp_path / "exported")
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma3"])
+@pytest.mark.parametrize("family", [name for name in GGUF_FAMILIES if name != "llama3"])
 def test_the_model_that_comes_back_computes_what_went_in(
     tiny: Tiny, tmp_path: Path, family: str
 ) -> None:
@@ -131,10 +131,9 @@ def test_a_pattern_that_is_a_number_says_which_layers_attend_to_all(
 @pytest.mark.parametrize(
     ("added", "message"),
     [
-        ({"gemma3.final_logit_softcapping": 30.0}, "final_logit_softcapping 30"),
         ({PATTERN: [True, False]}, "sliding_window_pattern is not one of 3 layers"),
         ({"gemma3.block_count": 1 << 30}, "block_count is 1073741824"),
-        ({"gemma3.rope.scaling.type": "yarn"}, "yarn"),
+        ({"gemma3.rope.scaling.type": "yarn"}, "YaRN"),
     ],
 )
 def test_a_gemma_that_computes_something_else_is_refused(
@@ -142,6 +141,66 @@ def test_a_gemma_that_computes_something_else_is_refused(
 ) -> None:
     file = _gguf(tiny("gemma3"), tmp_path / "out")
     rewrite_gguf(file.parent, {}, added=added)
+    with pytest.raises(InputError, match=message):
+        _back(file, tmp_path / "back")
+
+
+@pytest.mark.parametrize(
+    ("family", "keys", "expected"),
+    [
+        ("gemma3", {"final_logit_softcapping": 30.0}, {"logits_softcap": 30.0}),
+        (
+            "gemma2",
+            {"attention.sliding_window_pattern": 3},
+            {"sliding_layers": (True, True, False)},
+        ),
+        ("gemma2", {"attention.sliding_window_pattern": 0}, {"sliding_layers": (True,) * 3}),
+        ("gemma2", {"attention.sliding_window_pattern": None}, {"window_tokens": 16}),
+        ("gemma2", {"attention.sliding_window": None}, {"window_tokens": 4096}),
+        ("gemma2", {"attn_logit_softcapping": None}, {"attention_softcap": 50.0}),
+        ("granite", {"attention.scale": 0.0}, {"attention_scale": 0.25}),
+        ("granite", {"residual_scale": None}, {"residual_multiplier": 1.0}),
+        ("granite", {"embedding_scale": None}, {"embedding_multiplier": 1.0}),
+    ],
+    ids=str,
+)
+def test_numbers_of_a_family_are_read_as_llama_cpp_reads_them(
+    tiny: Tiny, tmp_path: Path, family: str, keys: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    file = _gguf(tiny(family), tmp_path / "out")
+    stated = {f"{family}.{key}": value for key, value in keys.items()}
+    rewrite_gguf(file.parent, stated, added=stated if family == "gemma3" else {})
+    student = _back(file, tmp_path / "back")
+    assert {name: getattr(student.facts, name) for name in expected} == expected
+    model = AutoModelForCausalLM.from_pretrained(student.path, dtype=torch.float32)
+    ids = list(range(100, 200))
+    with LlamaCpp().open(file, context_tokens=128, threads=1) as session, torch.no_grad():
+        found = np.concatenate(list(session.stream_logits(ids)))
+        judged = model(torch.tensor([ids])).logits[0].numpy()
+    assert np.abs(judged - found).max() < 0.2
+    assert judged.std() > 1
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("granite.logit_scale", None, "logit_scale is missing"),
+        ("granite.residual_scale", -1.0, "residual_multiplier"),
+        ("qwen2_yarn.rope.scaling.factor", 0.0, "rope.scaling.factor is 0"),
+        ("gemma2.block_count", 1 << 30, "block_count is 1073741824"),
+        ("gemma2.attention.sliding_window", 0, "attention.sliding_window is 0"),
+    ],
+)
+def test_numbers_that_no_model_has_are_refused(
+    tiny: Tiny, tmp_path: Path, key: str, value: Any, message: str
+) -> None:
+    family, inner = key.split(".", 1)
+    file = _gguf(tiny(family), tmp_path / "out")
+    stated = f"{family.split('_')[0]}.{inner}"
+    rewrite_gguf(file.parent, {stated: value})
     with pytest.raises(InputError, match=message):
         _back(file, tmp_path / "back")
 

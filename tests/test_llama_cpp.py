@@ -18,7 +18,7 @@ from edgedistill.quantized import Grid
 from edgedistill.runtimes.llama_cpp import LOGIT_ROWS, LlamaCpp, LlamaCppSession
 from edgedistill.student import Student, dequantize_student
 from tests.rounded import round_student
-from tests.tiny import FAMILY_CONFIGS
+from tests.tiny import FAMILY_CONFIGS, GGUF_FAMILIES
 
 Tiny = Callable[[str], Path]
 IDS: list[int] = np.random.default_rng(7).integers(3, 512, 200).tolist()
@@ -53,7 +53,7 @@ def _kl(judge: npt.NDArray[np.float32], found: npt.NDArray[np.float32]) -> float
     return float((np.exp(expected) * (expected - other)).sum(axis=-1).mean())
 
 
-@pytest.mark.parametrize("family", FAMILY_CONFIGS)
+@pytest.mark.parametrize("family", GGUF_FAMILIES)
 def test_logits_are_those_of_transformers_in_float32(
     tiny: Tiny, tmp_path: Path, family: str
 ) -> None:
@@ -93,15 +93,43 @@ def test_layers_of_gemma_attend_as_their_config_says(
         assert _kl(_float32_logits(student, IDS), _streamed(session, IDS)) < 1e-4
 
 
-@pytest.mark.parametrize("change", ["attention_bias", "linear"])
-def test_variants_of_a_family_are_the_same_model(tmp_path: Path, change: str) -> None:
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}
+YARN |= {"original_max_position_embeddings": 64}
+LLAMA3 = FAMILY_CONFIGS["llama3"]["rope_parameters"]
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {"attention_bias": True}),
+        ("llama", {"rope_parameters": LINEAR}),
+        ("llama", {"rope_parameters": YARN}),
+        ("llama", {"rope_parameters": YARN | {"attention_factor": 1.5}}),
+        ("mistral", {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.5}}),
+        ("qwen3", {"rope_parameters": YARN}),
+        ("smollm3", {"rope_parameters": LINEAR}),
+        ("smollm3", {"rope_parameters": YARN}),
+        ("smollm3", {"num_hidden_layers": 9}),
+        ("granite", {"attention_bias": True}),
+        ("granite", {"rope_parameters": YARN}),
+        ("granite", {"rope_parameters": LLAMA3}),
+        ("granite", {"embedding_multiplier": 1.0, "residual_multiplier": 1.0}),
+        ("gemma2", {"rope_parameters": LINEAR}),
+        ("gemma2", {"layer_types": ["sliding_attention"] * 3}),
+        ("gemma2", {"layer_types": ["full_attention"] * 3}),
+        ("gemma2", {"layer_types": ["sliding_attention"] * 2 + ["full_attention"]}),
+        ("gemma3", {"final_logit_softcapping": 8.0}),
+    ],
+    ids=str,
+)
+def test_variants_of_a_family_are_the_same_model(
+    tmp_path: Path, family: str, changes: dict[str, Any]
+) -> None:
     from tests.tiny import write_student
 
-    scaling = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
-    changes = (
-        {"attention_bias": True} if change == "attention_bias" else {"rope_parameters": scaling}
-    )
-    student = write_student(tmp_path / "student", "llama", **changes)
+    student = write_student(tmp_path / "student", family, **changes)
+    assert Gguf().problems(Student(student).facts) == []
     with _open(student, tmp_path / "out") as session:
         assert _kl(_float32_logits(student, IDS), _streamed(session, IDS)) < 1e-4
 
@@ -162,7 +190,7 @@ def test_a_tail_beyond_the_context_is_refused(tiny: Tiny, tmp_path: Path) -> Non
             list(session.prefill_each([IDS[:2], IDS[:57]]))
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", "smollm3", "granite", "gemma2", "gemma3"])
 def test_prefill_and_token_by_token_agree_with_the_stream(
     tiny: Tiny, tmp_path: Path, family: str
 ) -> None:
@@ -178,7 +206,7 @@ def test_prefill_and_token_by_token_agree_with_the_stream(
     assert _kl(streamed, stepped) < 1e-4
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", "smollm3", "granite", "gemma2", "gemma3"])
 def test_rewinding_forgets_what_came_after(tiny: Tiny, tmp_path: Path, family: str) -> None:
     """Also what a sliding window, of 16 tokens here, had left behind."""
     with _open(tiny(family), tmp_path) as session:

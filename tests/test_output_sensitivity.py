@@ -16,7 +16,7 @@ Tiny = Callable[[str], Path]
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["by token", "shared"])
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "granite", "gemma2", "gemma3"])
 @pytest.mark.parametrize("short", ["q", "v", "o", "up", "down"])
 def test_small_noise_on_outputs_costs_the_kl_that_is_predicted(
     tiny: Tiny, tmp_path: Path, family: str, short: str, shared: bool

@@ -6,6 +6,7 @@ import itertools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -47,11 +48,12 @@ def test_the_shallower_student_equals_the_whole_one_with_blocks_skipped(
     del model.model.layers[1]
     for number, layer in enumerate(model.model.layers):
         layer.self_attn.layer_idx = number
-    model.config.num_hidden_layers = 2
+    layers = model.config.num_hidden_layers
+    model.config.num_hidden_layers = layers - 1
     if getattr(model.config, "layer_types", None):
-        model.config.layer_types = [model.config.layer_types[layer] for layer in (0, 2)]
+        del model.config.layer_types[1]
     pruned = load(tmp_path / "out")
-    assert len(pruned.model.layers) == 2
+    assert len(pruned.model.layers) == layers - 1
     ids = random_ids()
     assert torch.equal(logits(pruned, ids), logits(model, ids))
     assert not torch.allclose(logits(pruned, ids), logits(load(whole), ids), atol=0.1)
@@ -205,13 +207,32 @@ def test_a_text_too_short_to_hold_any_out_is_refused(deep: Path, tmp_path: Path)
         PruneDepth(layers=1, calibration=calibration).run(deep, empty(tmp_path / "out"))
 
 
-def test_layers_keep_their_kind_where_the_config_counts_them(tiny: Tiny, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "counted", "dropped"),
+    [
+        ("gemma3", {"layer_types": None, "sliding_window_pattern": 2}, (0,)),
+        ("gemma2", {"layer_types": None}, (0,)),
+        ("qwen3_sliding", {"layer_types": None, "max_window_layers": 1}, (0,)),
+        ("smollm3", {"no_rope_layers": None, "no_rope_layer_interval": 2}, (0,)),
+        ("smollm3", {"no_rope_layers": [0, 1, 1, 1, 1, 1]}, (0,)),
+    ],
+    ids=str,
+)
+def test_layers_keep_their_kind_where_the_config_counts_them(
+    tiny: Tiny, tmp_path: Path, family: str, counted: dict[str, Any], dropped: tuple[int, ...]
+) -> None:
     """A pattern that is stated as a number would give the layer that is last now another kind."""
-    source = Path(shutil.copytree(tiny("gemma3"), tmp_path / "source"))
-    config = read_json(source / "config.json") | {"sliding_window_pattern": 2}
-    del config["layer_types"]
-    write_json(source / "config.json", config)
-    drop_layers(Student(source), empty(tmp_path / "out"), (0,))
-    facts = Student(tmp_path / "out").facts
-    assert facts.sliding_layers == (False, True)
-    assert load(tmp_path / "out").config.layer_types == ["full_attention", "sliding_attention"]
+    source = Path(shutil.copytree(tiny(family), tmp_path / "source"))
+    config = read_json(source / "config.json") | counted
+    write_json(source / "config.json", {k: v for k, v in config.items() if v is not None})
+    drop_layers(Student(source), empty(tmp_path / "out"), dropped)
+    before, after = Student(source).facts, Student(tmp_path / "out").facts
+    kept = [layer for layer in range(before.layers) if layer not in dropped]
+    for new, old in enumerate(kept):
+        assert after.window_of(new) == before.window_of(old)
+        assert after.rope_of(new) == before.rope_of(old)
+    whole, pruned = load(source), load(tmp_path / "out")
+    for new, old in enumerate(kept):
+        theirs = [m.model.layers[i].self_attn for m, i in ((whole, old), (pruned, new))]
+        for attribute in ("sliding_window", "use_rope"):
+            assert len({getattr(one, attribute, None) for one in theirs}) == 1

@@ -40,6 +40,7 @@ from tests.small_vocabulary import (
     pruned,
     stage,
 )
+from tests.tiny import FAMILY_CONFIGS
 
 Tiny = Callable[[str], Path]
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -100,7 +101,7 @@ def test_every_text_is_written_as_before(both: Both) -> None:
     assert cut > 20  # tokens of theirs did go
 
 
-@pytest.mark.parametrize("family", ["llama", "llama3", "qwen2", "gemma3"])
+@pytest.mark.parametrize("family", FAMILY_CONFIGS)
 def test_logits_are_those_of_the_kept_tokens(tiny: Tiny, tmp_path: Path, family: str) -> None:
     out = pruned(tiny(family), tmp_path)
     kept = torch.tensor(kept_by_name(tiny(family), out))

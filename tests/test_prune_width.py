@@ -22,7 +22,16 @@ from edgedistill.stages.prune_width import PruneWidth
 from edgedistill.stages.quantize_rtn import QuantizeRtn
 from edgedistill.student import Student
 from edgedistill.width_choice import WidthChoice
-from tests.pruned import edited, empty, load, logits, mean_kl, random_ids, without_effect
+from tests.pruned import (
+    edited,
+    empty,
+    folded_multiplier,
+    load,
+    logits,
+    mean_kl,
+    random_ids,
+    without_effect,
+)
 from tests.tiny import FAMILY_CONFIGS, write_student
 
 pytestmark = pytest.mark.slow
@@ -148,7 +157,15 @@ def test_what_does_nothing_goes_first_in_each_layer_by_itself(tiny: Tiny, tmp_pa
 
 @pytest.mark.parametrize(
     ("family", "change"),
-    [("llama", "ffn"), ("llama", "heads"), ("qwen3", "all"), ("gemma3", "ffn")],
+    [
+        ("llama", "ffn"),
+        ("llama", "heads"),
+        ("qwen3", "all"),
+        ("granite", "all"),
+        ("granite", "ffn"),
+        ("gemma2", "ffn"),
+        ("gemma3", "ffn"),
+    ],
 )
 def test_the_fit_makes_up_for_what_went(
     tiny: Tiny, tmp_path: Path, family: str, change: str
@@ -166,6 +183,18 @@ def test_the_fit_makes_up_for_what_went(
         narrow(student, out := empty(tmp_path / name), hidden, blocks, after)
         costs.append(mean_kl(whole, logits(load(out), ids)))
     assert costs[0] < 0.9 * costs[1]
+
+
+def test_the_fit_knows_a_residual_multiplier(tmp_path: Path) -> None:
+    """It is the same model with that multiplied into its matrices: so is what is fitted."""
+    fitted = []
+    for path in folded_multiplier(tmp_path):
+        after = PruneWidth(ffn_size=96).facts_after(Student(path).facts)
+        fitted.append(list(WidthChoice(path, random_ids(count=16), np.arange(64), after)))
+    for apart, folded in zip(*fitted, strict=True):
+        assert (apart.ffn == folded.ffn).all()
+        for short, matrix in folded.exits.items():
+            np.testing.assert_allclose(apart.exits[short] / 2, matrix, atol=1e-4)
 
 
 def test_a_chosen_width_costs_less_than_a_random_one(tiny: Tiny, tmp_path: Path) -> None:

@@ -150,7 +150,7 @@ def test_no_rung_gets_bits_that_one_of_its_formats_lacks(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["qwen3", "gemma3"])
+@pytest.mark.parametrize("family", ["qwen3", "smollm3", "granite", "gemma2", "gemma3"])
 def test_predicted_losses_are_those_that_transformers_measures(
     tiny: Tiny, tmp_path: Path, family: str
 ) -> None:

@@ -233,7 +233,8 @@ def test_any_training_ends_on_the_grid_that_formats_hold(grid: Grid) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("family", "bits"), [("llama", 2), ("llama", 4), ("gemma3", 2), ("gemma3", 4)]
+    ("family", "bits"),
+    [("llama", 2), ("llama", 4), ("granite", 2), ("gemma2", 2), ("gemma3", 2), ("gemma3", 4)],
 )
 def test_trained_scales_lower_the_kl_that_transformers_measures_and_no_code_moves(
     tiny: Tiny, quantized: Quantized, tmp_path: Path, family: str, bits: int

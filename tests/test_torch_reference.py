@@ -13,7 +13,7 @@ from edgedistill.quantized import Grid, QTensor
 from edgedistill.runtimes.torch_reference import CHUNK_TOKENS, TorchReference
 from edgedistill.session import Session
 from edgedistill.student import Student, StudentWriter
-from tests.tiny import write_student
+from tests.tiny import FAMILY_CONFIGS, write_student
 
 Tiny = Callable[..., Path]
 IDS = [int(i) for i in np.random.default_rng(3).integers(3, 500, 2 * CHUNK_TOKENS - 7)]
@@ -33,7 +33,7 @@ def transformers_logits(student: Path, ids: list[int]) -> npt.NDArray[np.float32
     return logits
 
 
-@pytest.mark.parametrize("family", ["llama", "llama3", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", FAMILY_CONFIGS)
 def test_every_way_through_the_cache_gives_the_logits_of_one_pass(tiny: Tiny, family: str) -> None:
     expected = transformers_logits(tiny(family), IDS)
     with open_session(tiny(family)) as session:

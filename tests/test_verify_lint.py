@@ -22,7 +22,7 @@ from edgedistill.verify.lint_gguf import checkpoint_name
 from edgedistill.verify.side_files import read_ends
 from edgedistill.verify.stated import table_frequencies, theta_and_divisors
 from tests.rounded import round_student, round_tensor
-from tests.tiny import EXPORTS
+from tests.tiny import EXPORTS, FAMILY_CONFIGS
 
 Tiny = Callable[[str], Path]
 FORMATS = ("gguf", "onnx", "coreml")
@@ -54,10 +54,25 @@ def failed(checks: list[Check]) -> set[str]:
     return {check.name.removeprefix("lint: ") for check in checks if not check.passed}
 
 
+SLIDING_LAST = ["full_attention"] * 2 + ["sliding_attention"]
+YARN = FAMILY_CONFIGS["qwen2_yarn"]["rope_parameters"]
+
+
 def edit_json(path: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
     value = json.loads(path.read_text())
     edit(value)
     path.write_text(json.dumps(value))
+
+
+WINDOWS = {"sliding window", "sliding layers", "RoPE theta of sliding layers"}
+# What a GGUF of a family is checked for beyond plain blocks.
+OWN_CHECKS = {
+    "qwen2_yarn": {"RoPE magnitude"},
+    "smollm3": {"layers without rotation"},
+    "granite": {"attention scale", "embedding scale", "residual scale", "divisor of logits"},
+    "gemma2": WINDOWS | {"embedding scale", "soft cap of attention", "soft cap of logits"},
+    "gemma3": WINDOWS | {"embedding scale"},
+}
 
 
 @pytest.mark.parametrize(("family", "format_name"), EXPORTS)
@@ -84,9 +99,10 @@ def test_what_is_exported_passes(tiny: Tiny, tmp_path: Path, family: str, format
         "tied embeddings",
         "chat template",
     }
-    if family == "gemma3":
-        everywhere |= {"sliding window", "sliding layers", "RoPE theta of sliding layers"}
-    assert everywhere <= names
+    own = OWN_CHECKS.get(family, set()) if format_name == "gguf" else set()
+    assert everywhere | own <= names
+    # What plain blocks have on both sides is not told.
+    assert own == names & set().union(*OWN_CHECKS.values()) or format_name != "gguf"
 
 
 @pytest.mark.parametrize(("format_name", "grid"), HELD, ids=str)
@@ -273,6 +289,61 @@ def test_a_changed_number_of_a_gguf_is_named(
     assert name in failed(lint(artifact, "gguf", tiny("llama")))
     found = next(c for c in lint(artifact, "gguf", tiny("llama")) if c.name == f"lint: {name}")
     assert "expected" in found.detail
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "value", "name"),
+    [
+        ("qwen2_yarn", "qwen2.rope.scaling.factor", 2.0, "RoPE scaling"),
+        ("qwen2_yarn", "qwen2.rope.scaling.original_context_length", 256, "RoPE scaling"),
+        ("qwen2_yarn", "qwen2.rope.scaling.attn_factor", 1.1, "RoPE magnitude"),
+        ("qwen2_yarn", "qwen2.rope.freq_base", 500.0, "RoPE theta"),
+        ("granite", "granite.attention.scale", 0.5, "attention scale"),
+        ("granite", "granite.attention.scale", 0.0, "attention scale"),
+        ("granite", "granite.embedding_scale", 1.0, "embedding scale"),
+        ("granite", "granite.residual_scale", 1.0, "residual scale"),
+        ("granite", "granite.logit_scale", 0.5, "divisor of logits"),
+        ("gemma2", "gemma2.attn_logit_softcapping", 50.0, "soft cap of attention"),
+        ("gemma2", "gemma2.final_logit_softcapping", 30.0, "soft cap of logits"),
+        ("gemma2", "gemma2.attention.sliding_window", 8, "sliding window"),
+        ("gemma2", "gemma2.attention.sliding_window_pattern", 3, "sliding layers"),
+    ],
+)
+def test_a_changed_number_of_a_family_is_named(
+    tiny: Tiny, tmp_path: Path, family: str, key: str, value: float, name: str
+) -> None:
+    artifact = export(tiny(family), tmp_path / "a", "gguf")
+    set_gguf(artifact / "model.gguf", key, value)
+    found = {c.name.removeprefix("lint: "): c for c in lint(artifact, "gguf", tiny(family))}
+    assert not found[name].passed
+    assert "expected" in found[name].detail
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "names"),
+    [
+        ("mistral", {"sliding_window": 16}, {"sliding window", "sliding layers"}),
+        (
+            "qwen3",
+            {"use_sliding_window": True, "sliding_window": 16, "layer_types": SLIDING_LAST},
+            {"sliding window", "sliding layers"},
+        ),
+        ("smollm3", {"no_rope_layers": [1, 0, 1, 1]}, {"layers without rotation"}),
+        ("llama", {"rope_parameters": YARN}, {"RoPE scaling", "RoPE magnitude"}),
+        ("gemma3", {"final_logit_softcapping": 8.0}, {"soft cap of logits"}),
+        ("gemma3", {"query_pre_attn_scalar": 16}, {"attention scale"}),
+    ],
+)
+def test_a_gguf_of_a_simpler_model_is_named(
+    tiny: Tiny, tmp_path: Path, family: str, changes: dict[str, Any], names: set[str]
+) -> None:
+    """As a converter makes it that drops what it does not know."""
+    artifact = export(tiny(family), tmp_path / "a", "gguf")
+    student = Path(shutil.copytree(tiny(family), tmp_path / "student"))
+    edit_json(student / "config.json", lambda config: config.update(changes))
+    found = failed(lint(artifact, "gguf", student))
+    assert names <= found
+    assert found <= names | {"RoPE theta of sliding layers"}
 
 
 def test_scales_of_another_dtype_are_named(tiny: Tiny, tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
     "smollm3": {
         "model_type": "smollm3",
         "tie_word_embeddings": True,
-        "no_rope_layer_interval": 2,  # every second layer is not rotated
+        "num_hidden_layers": 4,  # of which the last is not rotated
     },
     "granite": {
         "model_type": "granite",
@@ -79,10 +79,10 @@ FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
         "model_type": "gemma2",
         "tie_word_embeddings": True,
         "head_dim": 32,
-        "query_pre_attn_scalar": 24,
+        "query_pre_attn_scalar": 32,
         "hidden_activation": "gelu_pytorch_tanh",
         "sliding_window": 16,  # of the first layer, and every second from there
-        "attn_logit_softcapping": 5.0,
+        "attn_logit_softcapping": 2.0,
         "final_logit_softcapping": 8.0,
     },
     "gemma3": {
@@ -101,11 +101,13 @@ FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
 }
 # Those of plain blocks; ONNX refuses the others by name.
 PLAIN_FAMILIES = ["llama", "llama3", "mistral", "qwen2", "qwen3"]
+# Those that llama.cpp runs: its architectures of Mistral and Qwen have no sliding windows.
+GGUF_FAMILIES = [family for family in FAMILY_CONFIGS if not family.endswith("_sliding")]
 EXPORTS = [
     (family, name)
     for family in FAMILY_CONFIGS
     for name in ("gguf", "onnx", "coreml")
-    if name != "onnx" or family in PLAIN_FAMILIES
+    if name == "coreml" or family in (GGUF_FAMILIES if name == "gguf" else PLAIN_FAMILIES)
 ]
 
 

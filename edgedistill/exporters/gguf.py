@@ -21,15 +21,16 @@ from edgedistill.gguf_blocks import F16, F32, LAYOUTS, BlockLayout, pack_blocks
 from edgedistill.gguf_file import GgufFile, gguf_package
 from edgedistill.gguf_layout import (
     ARCHITECTURES,
-    GEMMA3_27B_LAYERS,
     ROPE_DIVISORS,
     norm_offset,
     row_order,
     tensor_name,
 )
+from edgedistill.gguf_limits import gguf_problems, window_period
 from edgedistill.gguf_vocabulary import GgufVocabulary, read_vocabulary
 from edgedistill.progress import track
 from edgedistill.quantized import Grid, QTensor
+from edgedistill.rope import Rope
 from edgedistill.student import Student
 
 if TYPE_CHECKING:
@@ -52,20 +53,8 @@ class Gguf(Exporter):
         return grid in LAYOUTS
 
     def problems(self, facts: DecoderFacts) -> list[str]:
-        """What llama.cpp's architecture of Gemma 3 takes for granted (src/models/gemma3.cpp)."""
-        if ARCHITECTURES[facts.family] != "gemma3":
-            return []
-        width = facts.head_dim
-        if facts.layers == GEMMA3_27B_LAYERS:
-            width = facts.hidden_size // facts.heads
-        found = []
-        if not math.isclose(facts.attention_scale or 0.0, width**-0.5, rel_tol=1e-6):
-            found.append(f"query_pre_attn_scalar: llama.cpp takes {width} for it")
-        if facts.sliding_rope is not None and facts.sliding_rope.scaling is not None:
-            found.append("a RoPE scaling of the sliding layers, which llama.cpp has not")
-        if facts.rope.scaling is not None and facts.rope.scaling["rope_type"] != "linear":
-            found.append(f"the RoPE scaling {facts.rope.scaling['rope_type']} of {facts.family}")
-        return [f"{problem}: GGUF cannot carry that" for problem in found]
+        """What llama.cpp's architecture of the family takes for granted."""
+        return gguf_problems(facts)
 
     def stored_bytes(self, shape: tuple[int, ...], grid: Grid | None) -> int:
         """Whole blocks; F16 of a matrix without a grid, F32 of a vector."""
@@ -195,13 +184,53 @@ def _add_model(writer: GGUFWriter, facts: DecoderFacts, context_tokens: int) -> 
     writer.add_rope_dimension_count(facts.head_dim)
     writer.add_rope_freq_base(facts.rope.theta)
     writer.add_layer_norm_rms_eps(facts.norm_eps)
-    if facts.window_tokens is not None and facts.sliding_rope is not None:
-        writer.add_sliding_window(facts.window_tokens)
+    _add_numbers(writer, facts)
+    _add_windows(writer, facts)
+    _add_scaling(writer, facts.rope)
+
+
+def _add_numbers(writer: GGUFWriter, facts: DecoderFacts) -> None:
+    """Soft caps and scales, where the architecture has keys for them."""
+    if facts.attention_softcap is not None:
+        writer.add_attn_logit_softcapping(facts.attention_softcap)
+    if facts.logits_softcap is not None:
+        writer.add_final_logit_softcapping(facts.logits_softcap)
+    if ARCHITECTURES[facts.family] == "granite":
+        writer.add_attention_scale(facts.attention_scale or facts.head_dim**-0.5)
+        writer.add_embedding_scale(facts.embedding_multiplier)
+        writer.add_residual_scale(facts.residual_multiplier)
+        # What logits are divided by, against its name.
+        writer.add_logit_scale(facts.logits_divisor)
+
+
+def _add_windows(writer: GGUFWriter, facts: DecoderFacts) -> None:
+    if facts.window_tokens is None:
+        return
+    writer.add_sliding_window(facts.window_tokens)
+    if ARCHITECTURES[facts.family] == "gemma2":
+        writer.add_sliding_window_pattern(window_period(facts.sliding_layers) or 0)
+    else:
         writer.add_sliding_window_pattern(facts.sliding_layers)
+    if facts.sliding_rope is not None:
         writer.add_rope_freq_base_swa(facts.sliding_rope.theta)
-    if facts.rope.scaling is not None and facts.rope.scaling["rope_type"] == "linear":
-        writer.add_rope_scaling_type(gguf_package().RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(float(facts.rope.scaling["factor"]))
+
+
+def _add_scaling(writer: GGUFWriter, rope: Rope) -> None:
+    """Linear scaling and YaRN; Llama 3.1's is a tensor."""
+    if rope.scaling is None or rope.scaling["rope_type"] == "llama3":
+        return
+    kinds = gguf_package().RopeScalingType
+    factor = float(rope.scaling["factor"])
+    writer.add_rope_scaling_factor(factor)
+    if rope.scaling["rope_type"] == "linear":
+        writer.add_rope_scaling_type(kinds.LINEAR)
+        return
+    writer.add_rope_scaling_type(kinds.YARN)
+    original = rope.scaling["original_max_position_embeddings"]
+    writer.add_rope_scaling_orig_ctx_len(int(original))
+    # llama.cpp multiplies by the usual factor itself (src/llama-context.cpp).
+    usual = 0.1 * math.log(max(1.0, factor)) + 1.0
+    writer.add_rope_scaling_attn_factors(rope.attention_factor / usual)
 
 
 def _add_vocabulary(writer: GGUFWriter, vocabulary: GgufVocabulary) -> None:

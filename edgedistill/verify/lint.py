@@ -16,6 +16,7 @@ import numpy as np
 from edgedistill.errors import InputError
 from edgedistill.results import Check
 from edgedistill.student import Student
+from edgedistill.verify.lint_numbers import number_checks
 from edgedistill.verify.lint_sliding import sliding_checks
 from edgedistill.verify.side_files import read_ends, read_template
 from edgedistill.verify.stated import Stated, describe
@@ -132,6 +133,7 @@ def lint_stated(
     if stated.norm_epsilons:
         checks.append(_epsilon(stated, float(config.rms_norm_eps)))
     checks += [*_rope(stated, config), *sliding_checks(stated, config)]
+    checks += number_checks(stated, config)
     checks += _special(stated, student, frozenset(also_ends))
     checks += _metadata(stated, config, student, format_name)
     return checks

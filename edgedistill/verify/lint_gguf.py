@@ -14,6 +14,7 @@ from edgedistill.gguf_file import GgufFile, gguf_package
 from edgedistill.gguf_layout import OUTER_NAMES, ROPE_DIVISORS, block_names
 from edgedistill.gguf_tokenizer import adds_bos, special_id
 from edgedistill.layer_kinds import SLIDING_PATTERN
+from edgedistill.verify.lint_gguf_numbers import gguf_numbers, number, whole, yarn_divisors
 from edgedistill.verify.stated import Stated, describe
 
 # Counts that the metadata state under the architecture's name.
@@ -34,6 +35,7 @@ STORAGE = {
     Q4_1.type_id: describe(4, 32, zeros=True, scales="float16"),
     Q2_0.type_id: describe(2, 64, zeros=False, scales="float16"),
 }
+GEMMA2_WINDOW = 4096  # llama.cpp's own default
 METADATA = {"name": "general.name", "licence": "general.license"}
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
 
@@ -51,17 +53,19 @@ def read_gguf(path: Path) -> Stated:
     template = metadata.get("tokenizer.chat_template")
     tokens = metadata.get("tokenizer.ggml.tokens")
     ends = (special_id(metadata, role) for role in ("eos", "eot", "eom"))
-    theta = _number(metadata, f"{architecture}.rope.freq_base")
+    theta = number(metadata, f"{architecture}.rope.freq_base")
     return Stated(
         counts=counts,
-        context_tokens=_whole(metadata, f"{architecture}.context_length"),
+        context_tokens=whole(metadata, f"{architecture}.context_length"),
         tied_embeddings=_HEAD not in file.tensors,
-        norm_epsilons=_some(_number(metadata, f"{architecture}.attention.layer_norm_rms_epsilon")),
+        norm_epsilons=_some(number(metadata, f"{architecture}.attention.layer_norm_rms_epsilon")),
         # llama.cpp's own default, where the file says nothing
         rope_theta=10000.0 if theta is None else theta,
         rope_divisors=_divisors(file, architecture, counts.get("head_dim")),
         rope_tolerance=1e-5,
         **_sliding(metadata, architecture, counts.get("layers", 0)),
+        unrotated_layers=_unrotated(architecture, counts.get("layers", 0)),
+        numbers=gguf_numbers(metadata, architecture, counts),
         bos_id=special_id(metadata, "bos"),
         adds_bos=_adds_bos(metadata, str(path)),
         end_ids=frozenset(i for i in ends if i is not None),
@@ -77,20 +81,35 @@ def read_gguf(path: Path) -> Stated:
 
 
 def _sliding(metadata: dict[str, Any], architecture: str, layers: int) -> dict[str, Any]:
-    """What is said of sliding windows; where it is not, what llama.cpp takes for Gemma 3."""
-    window = _whole(metadata, f"{architecture}.attention.sliding_window")
-    if architecture != "gemma3" or not window:
+    """What is said of sliding windows; where it is not, what llama.cpp takes for the two Gemmas."""
+    default = {"gemma2": GEMMA2_WINDOW, "gemma3": 0}.get(architecture, 0)
+    window = whole(metadata, f"{architecture}.attention.sliding_window")
+    window = default if window is None else window
+    if architecture not in ("gemma2", "gemma3") or not window:
         return {"sliding_layers": ()}
-    pattern = metadata.get(f"{architecture}.attention.sliding_window_pattern", SLIDING_PATTERN)
-    if not isinstance(pattern, list):
-        every = pattern if isinstance(pattern, int) and pattern > 0 else SLIDING_PATTERN
-        pattern = [(layer + 1) % every != 0 for layer in range(min(layers, MOST_LAYERS))]
-    theta = _number(metadata, f"{architecture}.rope.freq_base_swa")
+    key, layers = f"{architecture}.attention.sliding_window_pattern", min(layers, MOST_LAYERS)
+    theta = number(metadata, f"{architecture}.rope.freq_base_swa")
+    if architecture == "gemma2":
+        theta = number(metadata, f"{architecture}.rope.freq_base") if theta is None else theta
+        period = whole(metadata, key)  # a list is not read
+        period = 2 if period is None else period
+        pattern = [not period or layer % period < period - 1 for layer in range(layers)]
+    else:
+        stated = metadata.get(key, SLIDING_PATTERN)
+        every = stated if isinstance(stated, int) and stated > 0 else SLIDING_PATTERN
+        pattern = [(layer + 1) % every != 0 for layer in range(layers)]
+        pattern = stated if isinstance(stated, list) else pattern
     return {
         "window_tokens": window,
         "sliding_layers": tuple(bool(slides) for slides in pattern),
         "sliding_rope_theta": 10000.0 if theta is None else theta,
     }
+
+
+def _unrotated(architecture: str, layers: int) -> tuple[bool, ...]:
+    """Nothing is said of it; llama.cpp's SmolLM3 leaves every fourth layer as it is."""
+    bare = architecture == "smollm3"
+    return tuple(bare and layer % 4 == 3 for layer in range(min(layers, MOST_LAYERS)))
 
 
 def checkpoint_name(name: str, architecture: str) -> str:
@@ -114,7 +133,7 @@ def storage_name(type_id: int) -> str:
 
 
 def _counts(file: GgufFile, architecture: str) -> dict[str, int]:
-    found = {name: _whole(file.metadata, f"{architecture}.{k}") for name, k in COUNT_KEYS.items()}
+    found = {name: whole(file.metadata, f"{architecture}.{k}") for name, k in COUNT_KEYS.items()}
     if found["kv_heads"] is None:
         found["kv_heads"] = found["heads"]
     if found["head_dim"] is None and found["hidden_size"] and found["heads"]:
@@ -131,10 +150,12 @@ def _divisors(file: GgufFile, architecture: str, head_dim: int | None) -> Any:
     if ROPE_DIVISORS in file.tensors:
         return file.read(ROPE_DIVISORS).astype(np.float64).reshape(-1)
     kind = str(file.metadata.get(f"{architecture}.rope.scaling.type", "none"))
-    factor = _number(file.metadata, f"{architecture}.rope.scaling.factor")
+    factor = number(file.metadata, f"{architecture}.rope.scaling.factor")
     if kind == "none" or factor is None:
         return np.ones(head_dim // 2)
-    # YaRN and the like are told by a factor on every frequency, which no student's has: they fail.
+    if kind == "yarn":
+        return yarn_divisors(file.metadata, architecture, head_dim)
+    # Others are told by a factor on every frequency, which no student's has: they fail.
     return np.full(head_dim // 2, factor)
 
 
@@ -144,18 +165,6 @@ def _adds_bos(metadata: dict[str, Any], where: str) -> bool | None:
     except InputError:  # a pre-tokenizer that is not known here: only what is stated counts
         stated = metadata.get("tokenizer.ggml.add_bos_token")
         return stated if isinstance(stated, bool) else None
-
-
-def _whole(metadata: dict[str, Any], key: str) -> int | None:
-    value = metadata.get(key)
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
-def _number(metadata: dict[str, Any], key: str) -> float | None:
-    value = metadata.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return float(value)
 
 
 def _some(value: float | None) -> frozenset[float]:

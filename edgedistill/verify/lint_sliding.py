@@ -23,9 +23,9 @@ def sliding_checks(stated: Stated, config: Any) -> list[Check]:
     expected = int(config.sliding_window) if any(slides) else None
     found = [_same("sliding window", expected, stated.window_tokens)]
     found.append(_same("sliding layers", _layers(slides), _layers(stated.sliding_layers)))
-    own = dict(config.rope_parameters).get("sliding_attention")
-    if any(slides) and own is not None:
-        theta = float(own["rope_theta"])
+    if any(slides):
+        parameters = config.rope_parameters
+        theta = float(parameters.get("sliding_attention", parameters)["rope_theta"])
         stated_theta = stated.sliding_rope_theta
         near = stated_theta is not None and abs(stated_theta - theta) <= (
             stated.rope_tolerance * theta
@@ -37,12 +37,11 @@ def sliding_checks(stated: Stated, config: Any) -> list[Check]:
 
 
 def _slides(config: Any) -> tuple[bool, ...]:
-    """Of each layer whether it attends to a window: all, where a config lists no layers."""
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:
-        slides = getattr(config, "sliding_window", None) is not None
-        return (slides,) * int(config.num_hidden_layers)
-    return tuple(kind == "sliding_attention" for kind in kinds)
+    """Of each layer; all attend to the window of a config whose class lists no layers (Mistral)."""
+    if hasattr(type(config), "layer_types"):
+        return tuple(kind == "sliding_attention" for kind in config.layer_types or [])
+    window = config.sliding_window if hasattr(type(config), "sliding_window") else None
+    return (window is not None,) * int(config.num_hidden_layers)
 
 
 def _layers(slides: tuple[bool, ...]) -> str:

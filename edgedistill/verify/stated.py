@@ -28,6 +28,10 @@ class Stated:
         sliding_layers: of each layer whether it slides, empty where none does; None where the
             format is not read for that.
         sliding_rope_theta: base of the rotary frequencies of those that do.
+        unrotated_layers: of each layer whether it is not rotated; None where the format is not read
+            for that.
+        numbers: scales and soft caps, by the words of :mod:`edgedistill.verify.lint_numbers`; None
+            is no soft cap.
         norm_tolerance: largest relative error of them that the format's own rounding makes.
         rope_theta: base of the rotary frequencies.
         rope_divisors: float64 [head_dim / 2], what its scaling divides each frequency by.
@@ -50,6 +54,8 @@ class Stated:
     window_tokens: int | None = None
     sliding_layers: tuple[bool, ...] | None = None
     sliding_rope_theta: float | None = None
+    unrotated_layers: tuple[bool, ...] | None = None
+    numbers: dict[str, float | None] = field(default_factory=dict)
     norm_tolerance: float = 1e-6
     rope_theta: float | None = None
     rope_divisors: Doubles | None = None
