@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -112,6 +113,23 @@ def test_every_fact_of_a_decoder_reaches_the_program(variant: str, tmp_path: Pat
     student = write_student(tmp_path / "student", family, **changes)
     got = all_logits(export(student, tmp_path / "out"), "float32")
     assert divergence(judge(student, IDS, float16=(1, 2)), got) <= 1e-6
+
+
+def test_heads_that_are_rotated_in_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Llama whose rotation is Phi-3's, of the first half of each head, by transformers itself."""
+    from transformers.models.llama import modeling_llama
+    from transformers.models.phi3 import modeling_phi3
+
+    parameters = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    student = write_student(tmp_path / "student", "llama", rope_parameters=parameters)
+    facts = replace(Student(student).facts, rotated_dims=8)
+    monkeypatch.setattr(Student, "facts", facts)
+    got = all_logits(export(student, tmp_path / "out"), "float32")
+    whole = judge(student, IDS, float16=(1, 2))
+    monkeypatch.setattr(modeling_llama, "LlamaRotaryEmbedding", modeling_phi3.Phi3RotaryEmbedding)
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", modeling_phi3.apply_rotary_pos_emb)
+    assert divergence(judge(student, IDS, float16=(1, 2)), got) <= 1e-6
+    assert divergence(whole, got) > 0.01
 
 
 @pytest.mark.slow
