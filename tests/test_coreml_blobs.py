@@ -84,10 +84,9 @@ def test_an_export_holds_a_few_tensors_at_most(
     plain = write_student(
         tmp_path / "plain",
         "llama",
-        num_hidden_layers=4,
+        num_hidden_layers=2,
         hidden_size=512,
-        intermediate_size=4096,
-        vocab_size=4096,
+        intermediate_size=8192,
     )
     source = random_grid_student(plain, tmp_path / "student", grid) if grid else plain
     student = Student(source)
@@ -98,4 +97,4 @@ def test_an_export_holds_a_few_tensors_at_most(
     Coreml().export(student, tmp_path / "out", context_tokens=64)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < Coreml().weight_bytes(tmp_path / "out") / 3
+    assert peak < Coreml().weight_bytes(tmp_path / "out") / 2
