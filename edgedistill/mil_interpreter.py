@@ -198,7 +198,10 @@ class Interpreter:
         kernel = KERNELS.get(op.kind)
         fixed: dict[str, Any] = {}
         for parameter, sources in op.inputs.items():
-            if parameter not in VARIADIC and self._operands.is_small_constant(sources[0]):
+            text = self._operands.text(sources[0]) if sources else None
+            if text is not None:
+                fixed[parameter] = text
+            elif parameter not in VARIADIC and self._operands.is_small_constant(sources[0]):
                 fixed[parameter] = self._operands.get(sources[0], {})
         varying = {p: sources for p, sources in op.inputs.items() if p not in fixed}
         if kernel is not None and kernel.rounds_inside:
@@ -228,6 +231,12 @@ class _Operands:
         """Whether it is a constant that may always be held."""
         constant = source if isinstance(source, Constant) else self._constants.get(source)
         return constant is not None and len(constant.stored) <= ALWAYS_HELD_BYTES
+
+    def text(self, source: str | Constant) -> str | None:
+        """What a constant says in words, such as the mode of an op; None for numbers."""
+        constant = source if isinstance(source, Constant) else self._constants.get(source)
+        stored = constant.stored if constant is not None else None
+        return stored if isinstance(stored, str) else None
 
     def get(self, source: str | Constant, values: Mapping[str, Tensor]) -> Tensor:
         """A value by name, or a constant in place."""

@@ -8,7 +8,7 @@ float16 values; rounding is the interpreter's business, except inside an op of s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +17,22 @@ from torch import Tensor
 from torch.nn import functional
 
 from edgedistill.errors import InputError
+from edgedistill.mil_moves import (
+    concat,
+    expand_dims,
+    gather,
+    ints,
+    reshape,
+    select,
+    shape,
+    slice_by_index,
+    slice_update,
+    split,
+    tile,
+    transpose,
+)
 
 Rounding = Callable[[Tensor], Tensor]
-
-# Elements of a tiled tensor; a mask is what gets tiled.
-MOST_TILED = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -39,11 +50,6 @@ class Kernel:
     exact: bool = False
     views: bool = False
     rounds_inside: bool = False
-
-
-def ints(values: Tensor) -> list[int]:
-    """An integer or bool tensor as a flat list."""
-    return [int(v) for v in values.reshape(-1).tolist()]
 
 
 def add(x: Tensor, y: Tensor) -> Tensor:
@@ -86,6 +92,28 @@ def silu(x: Tensor) -> Tensor:
     return functional.silu(x)
 
 
+def gelu(x: Tensor, mode: str) -> Tensor:
+    """x * Phi(x), exactly or by its approximation with tanh."""
+    if mode not in ("EXACT", "TANH_APPROXIMATION"):
+        raise InputError(f"gelu in the mode {mode} is not supported")
+    return functional.gelu(x, approximate="none" if mode == "EXACT" else "tanh")
+
+
+def tanh(x: Tensor) -> Tensor:
+    """The hyperbolic tangent."""
+    return torch.tanh(x)
+
+
+def softmax(x: Tensor, axis: Tensor) -> Tensor:
+    """exp(x), divided by its sum along ``axis``."""
+    return torch.softmax(x, dim=int(axis))
+
+
+def less(x: Tensor, y: Tensor) -> Tensor:
+    """x < y, broadcast: bool."""
+    return x < y
+
+
 def reduce_max(x: Tensor, axes: Tensor, keep_dims: Tensor) -> Tensor:
     """The largest element over ``axes``."""
     return torch.amax(x, dim=ints(axes), keepdim=bool(keep_dims))
@@ -101,142 +129,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return functional.linear(x, weight, bias)
 
 
-def gather(
-    x: Tensor, indices: Tensor, axis: Tensor, batch_dims: Tensor, validate_indices: Tensor
+def matmul(
+    x: Tensor, y: Tensor, transpose_x: Tensor | None = None, transpose_y: Tensor | None = None
 ) -> Tensor:
-    """Slices of x along ``axis``; an index outside is refused, here in any case."""
-    if int(batch_dims) != 0:
-        raise InputError("gather with batch_dims is not supported")
-    dim = int(axis) % x.ndim
-    if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < x.shape[dim]:
-        raise InputError(f"gather: an index lies outside of 0 .. {x.shape[dim] - 1}")
-    picked = x.index_select(dim, indices.reshape(-1))
-    return picked.reshape(*x.shape[:dim], *indices.shape, *x.shape[dim + 1 :])
-
-
-def shape(x: Tensor) -> Tensor:
-    """int32 [rank]."""
-    return torch.tensor(x.shape, dtype=torch.int32)
-
-
-def reshape(x: Tensor, shape: Tensor) -> Tensor:
-    """Row-major reshape; -1 is inferred, 0 copies the dimension of x."""
-    sizes = [x.shape[i] if size == 0 else size for i, size in enumerate(ints(shape))]
-    return x.reshape(sizes)
-
-
-def transpose(x: Tensor, perm: Tensor) -> Tensor:
-    """Dimension i of the result is dimension perm[i] of x."""
-    return x.permute(ints(perm))
-
-
-def expand_dims(x: Tensor, axes: Tensor) -> Tensor:
-    """Insert dimensions of size 1; ``axes`` are places in the result."""
-    rank = x.ndim + axes.numel()
-    for axis in sorted(a % rank for a in ints(axes)):
-        x = x.unsqueeze(axis)
-    return x
-
-
-def split(
-    x: Tensor, axis: Tensor, num_splits: Tensor | None = None, split_sizes: Tensor | None = None
-) -> Sequence[Tensor]:
-    """Cut x along ``axis`` into equal parts, or into parts of the given sizes."""
-    dim = int(axis)
-    if split_sizes is not None:
-        return _parts(x, ints(split_sizes), dim)
-    parts = int(num_splits) if num_splits is not None else 0
-    if parts < 1 or x.shape[dim] % parts:
-        raise InputError(f"split: {x.shape[dim]} elements into {parts} parts")
-    return _parts(x, [x.shape[dim] // parts] * parts, dim)
-
-
-def _parts(x: Tensor, sizes: list[int], dim: int) -> list[Tensor]:
-    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-    return [x.narrow(dim, end - size, size) for size, end in zip(sizes, ends, strict=True)]
-
-
-def concat(values: Sequence[Tensor], axis: Tensor, interleave: Tensor) -> Tensor:
-    """Put tensors behind each other along ``axis``."""
-    if bool(interleave):
-        raise InputError("concat with interleave is not supported")
-    return torch.cat(list(values), dim=int(axis))
-
-
-def tile(x: Tensor, reps: Tensor) -> Tensor:
-    """Repeat x as a whole, ``reps[i]`` times along dimension i."""
-    times = ints(reps)
-    if min(times, default=1) < 1 or x.numel() * math.prod(times) > MOST_TILED:
-        raise InputError(f"tile: {tuple(x.shape)} repeated {times} times")
-    return x.repeat(times)
-
-
-def _indices(
-    sizes: Sequence[int],
-    begin: Tensor,
-    end: Tensor,
-    stride: Tensor | None,
-    begin_mask: Tensor | None,
-    end_mask: Tensor | None,
-    squeeze_mask: Tensor | None,
-) -> tuple[int | slice, ...]:
-    """The index that ``slice_by_index`` and ``slice_update`` describe; strides are positive."""
-
-    def flags(mask: Tensor | None) -> list[int]:
-        return [0] * len(sizes) if mask is None else ints(mask)
-
-    steps = [1] * len(sizes) if stride is None else ints(stride)
-    if min(steps) < 1:
-        raise InputError(f"a slice with the strides {steps} is not supported")
-    index: list[int | slice] = []
-    for first, last, step, from_start, to_end, single in zip(
-        ints(begin),
-        ints(end),
-        steps,
-        flags(begin_mask),
-        flags(end_mask),
-        flags(squeeze_mask),
-        strict=True,
-    ):
-        if single:
-            index.append(first)
-        else:
-            index.append(slice(None if from_start else first, None if to_end else last, step))
-    return tuple(index)
-
-
-def slice_by_index(
-    x: Tensor,
-    begin: Tensor,
-    end: Tensor,
-    stride: Tensor | None = None,
-    begin_mask: Tensor | None = None,
-    end_mask: Tensor | None = None,
-    squeeze_mask: Tensor | None = None,
-) -> Tensor:
-    """x[begin:end:stride]; masks open a side, or take one element and drop the dimension."""
-    return x[_indices(x.shape, begin, end, stride, begin_mask, end_mask, squeeze_mask)]
-
-
-def slice_update(
-    x: Tensor,
-    update: Tensor,
-    begin: Tensor,
-    end: Tensor,
-    stride: Tensor | None = None,
-    begin_mask: Tensor | None = None,
-    end_mask: Tensor | None = None,
-    squeeze_mask: Tensor | None = None,
-) -> Tensor:
-    """x with the slice replaced by ``update``, **in place**: the caller clones what must stay."""
-    place = x[_indices(x.shape, begin, end, stride, begin_mask, end_mask, squeeze_mask)]
-    if place.shape != update.shape:
-        raise InputError(
-            f"slice_update: the place has the shape {tuple(place.shape)}, "
-            f"the update {tuple(update.shape)}"
-        )
-    place.copy_(update)
-    return x
+    """x times y over the last two dimensions, either transposed first; the others broadcast."""
+    x = x.transpose(-2, -1) if transpose_x is not None and bool(transpose_x) else x
+    y = y.transpose(-2, -1) if transpose_y is not None and bool(transpose_y) else y
+    return x @ y
 
 
 def scaled_dot_product_attention(
@@ -284,6 +183,8 @@ def constexpr_lut_to_dense(
 
 _MOVES: dict[str, Callable[..., Any]] = {
     "shape": shape,
+    "less": less,
+    "select": select,
     "gather": gather,
     "concat": concat,
     "tile": tile,
@@ -306,9 +207,13 @@ _COMPUTES: dict[str, Callable[..., Any]] = {
     "abs": absolute,
     "rsqrt": rsqrt,
     "silu": silu,
+    "gelu": gelu,
+    "tanh": tanh,
+    "softmax": softmax,
     "reduce_max": reduce_max,
     "reduce_mean": reduce_mean,
     "linear": linear,
+    "matmul": matmul,
     "constexpr_blockwise_shift_scale": constexpr_blockwise_shift_scale,
 }
 KERNELS: dict[str, Kernel] = (

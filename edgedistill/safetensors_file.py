@@ -77,22 +77,25 @@ class SafetensorsFile:
             self.tensors[part] = StoredTensor(whole.dtype, shape, start, size_bytes)
             start += size_bytes
 
-    def read(self, name: str) -> npt.NDArray[Any]:
-        """The tensor as stored, bfloat16 widened to float32 (which is exact)."""
+    def read(self, name: str, rows: slice | None = None) -> npt.NDArray[Any]:
+        """The tensor, or some of its rows, as stored; bfloat16 widened to float32 (exactly)."""
         tensor = self.tensors[name]
         if tensor.size_bytes == 0:
             return np.zeros(tensor.shape, dtype=STORED_DTYPES[tensor.dtype])
-        data = np.memmap(
+        data: npt.NDArray[Any] = np.memmap(
             self.path,
             dtype=STORED_DTYPES[tensor.dtype],
             mode="r",
             offset=tensor.start,
             shape=tensor.shape or (1,),
         )
+        if rows is not None:
+            data = data[rows]
+        shape = tensor.shape if rows is None else data.shape
         if tensor.dtype == "BF16":
             widened = data.astype(np.uint32) << np.uint32(16)
-            return widened.view(np.float32).reshape(tensor.shape)
-        return np.array(data).reshape(tensor.shape)
+            return widened.view(np.float32).reshape(shape)
+        return np.array(data).reshape(shape)
 
 
 def _read_header(path: Path) -> dict[str, StoredTensor]:

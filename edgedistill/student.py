@@ -97,15 +97,22 @@ class Student:
         self.stored(name)
         return self._files[name].read(name).astype(np.float32, copy=False)
 
+    def read_rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """Rows start .. stop - 1 of a float tensor (elements of a vector) as float32."""
+        self.stored(name)
+        rows = self._files[name].read(name, slice(start, stop))
+        return rows.astype(np.float32, copy=False)
+
     def read_quantized(self, name: str) -> QTensor:
         """The integers, scales and zeros of a quantized tensor."""
         grid = self.grids[name]
-        packed, scales = (self._part(name, suffix) for suffix in (".codes", ".scales"))
-        zeros = self._part(name, ".zeros") if grid.zero == "integer" else None
+        packed, scales = (self.read_part(name, suffix) for suffix in (".codes", ".scales"))
+        zeros = self.read_part(name, ".zeros") if grid.zero == "integer" else None
         codes = unpack_codes(packed, grid.bits, scales.shape[1] * grid.group_size)
         return QTensor(grid, codes, scales, zeros)
 
-    def _part(self, name: str, suffix: str) -> npt.NDArray[Any]:
+    def read_part(self, name: str, suffix: str) -> npt.NDArray[Any]:
+        """``.codes`` (packed), ``.scales`` or ``.zeros`` of a quantized tensor, as stored."""
         self.stored(name + suffix)
         return self._files[name + suffix].read(name + suffix)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,20 +21,26 @@ from edgedistill.runtimes.core_ml import CoreMl
 from edgedistill.session import Session
 from edgedistill.student import Student, StudentWriter, dequantize_student
 from tests.rounded import round_student
-from tests.tiny import PLAIN_FAMILIES, write_student
+from tests.tiny import FAMILY_CONFIGS, write_student
 
 CONTEXT_TOKENS = 250
 IDS = np.random.default_rng(7).integers(0, 512, CONTEXT_TOKENS).tolist()
 Tiny = Callable[[str], Path]
 Precision = Literal["float16", "float32"]
 Floats = npt.NDArray[np.floating[Any]]
-VARIANTS: dict[str, dict[str, Any]] = {
-    "one key head": {"num_key_value_heads": 1},
-    "a key head for each head": {"num_key_value_heads": 4},
-    "all biases": {"attention_bias": True},
-    "linear rope": {
-        "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
-    },
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "one key head": ("llama", {"num_key_value_heads": 1}),
+    "a key head for each head": ("llama", {"num_key_value_heads": 4}),
+    "all biases": ("llama", {"attention_bias": True}),
+    "linear rope": (
+        "llama",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
+    ),
+    "an attention scale of its own": ("gemma3", {"query_pre_attn_scalar": 50}),
+    "a window of one token": ("gemma3", {"sliding_window": 1}),
+    "no layer that attends to all": ("gemma3", {"layer_types": ["sliding_attention"] * 3}),
+    "no layer that slides": ("gemma3", {"layer_types": ["full_attention"] * 3}),
+    "a key head for each head, with windows": ("gemma3", {"num_key_value_heads": 4}),
 }
 
 
@@ -61,14 +68,19 @@ def open_session(artifact: Path, precision: Precision = "float16") -> Session:
 
 
 def judge(student: Path, ids: list[int], *, float16: tuple[int, ...] = ()) -> Floats:
-    """Logits float32 [n, vocab] by transformers; parameters of these ranks rounded to float16."""
+    """Logits float32 [n, vocab] by transformers; parameters of these ranks rounded to float16.
+
+    Of a norm that multiplies by 1 + w that sum is what is rounded.
+    """
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
+    offset = 1.0 if model.config.model_type.startswith("gemma") else 0.0
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.ndim in float16:
-                parameter.copy_(parameter.half().float())
+                added = offset if "norm" in name else 0.0
+                parameter.copy_((parameter + added).half().float() - added)
         logits: Floats = model(torch.tensor([ids])).logits[0].numpy()
     return logits
 
@@ -85,7 +97,7 @@ def all_logits(artifact: Path, precision: Precision) -> Floats:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", PLAIN_FAMILIES)
+@pytest.mark.parametrize("family", FAMILY_CONFIGS)
 def test_the_package_is_the_model(family: str, tiny: Tiny, artifact: Callable[[str], Path]) -> None:
     same_weights = judge(tiny(family), IDS, float16=(1, 2))
     assert divergence(same_weights, all_logits(artifact(family), "float32")) <= 1e-6
@@ -97,28 +109,47 @@ def test_the_package_is_the_model(family: str, tiny: Tiny, artifact: Callable[[s
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_fact_of_a_decoder_reaches_the_program(variant: str, tmp_path: Path) -> None:
-    student = write_student(tmp_path / "student", "llama", **VARIANTS[variant])
+    family, changes = VARIANTS[variant]
+    student = write_student(tmp_path / "student", family, **changes)
     got = all_logits(export(student, tmp_path / "out"), "float32")
     assert divergence(judge(student, IDS, float16=(1, 2)), got) <= 1e-6
 
 
+def test_heads_that_are_rotated_in_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Llama whose rotation is Phi-3's, of the first half of each head, by transformers itself."""
+    from transformers.models.llama import modeling_llama
+    from transformers.models.phi3 import modeling_phi3
+
+    parameters = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    student = write_student(tmp_path / "student", "llama", rope_parameters=parameters)
+    facts = replace(Student(student).facts, rotated_dims=8)
+    monkeypatch.setattr(Student, "facts", facts)
+    got = all_logits(export(student, tmp_path / "out"), "float32")
+    whole = judge(student, IDS, float16=(1, 2))
+    monkeypatch.setattr(modeling_llama, "LlamaRotaryEmbedding", modeling_phi3.Phi3RotaryEmbedding)
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", modeling_phi3.apply_rotary_pos_emb)
+    assert divergence(judge(student, IDS, float16=(1, 2)), got) <= 1e-6
+    assert divergence(whole, got) > 0.01
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "grid",
+    ("family", "grid"),
     [
-        Grid(2, 64),
-        Grid(3, 32),
-        Grid(4, 32),
-        Grid(4, 32, "integer"),
-        Grid(8, 32),
-        Grid(8, 32, "integer"),
+        ("qwen3", Grid(2, 64)),
+        ("qwen3", Grid(3, 32)),
+        ("qwen3", Grid(4, 32)),
+        ("qwen3", Grid(4, 32, "integer")),
+        ("qwen3", Grid(8, 32)),
+        ("qwen3", Grid(8, 32, "integer")),
+        ("gemma3", Grid(4, 32)),
     ],
     ids=str,
 )
 def test_a_quantized_package_is_its_dequantized_student(
-    grid: Grid, tiny: Tiny, tmp_path: Path
+    family: str, grid: Grid, tiny: Tiny, tmp_path: Path
 ) -> None:
-    student = round_student(tiny("qwen3"), tmp_path / "student", grid)
+    student = round_student(tiny(family), tmp_path / "student", grid)
     (tmp_path / "float").mkdir()
     dequantize_student(student, tmp_path / "float")
     artifact = export(student, tmp_path / "out")
@@ -154,12 +185,16 @@ def test_three_bits_of_a_stage_arrive_code_by_code(stage: str, tiny: Tiny, tmp_p
     assert divergence(wanted_logits, all_logits(tmp_path / "out", "float16")) <= 5e-4
 
 
-@pytest.mark.parametrize("length", [1, 2, 63, 64, 65])
+@pytest.mark.parametrize(
+    ("family", "length"),
+    [("llama", n) for n in (1, 2, 63, 64, 65)] + [(f, 65) for f in FAMILY_CONFIGS if f != "llama"],
+)
 def test_tokens_one_by_one_see_what_the_prompt_saw(
-    length: int, artifact: Callable[[str], Path], tiny: Tiny
+    family: str, length: int, artifact: Callable[[str], Path], tiny: Tiny
 ) -> None:
-    wanted = judge(tiny("llama"), IDS[:length], float16=(1, 2))
-    with open_session(artifact("llama"), "float32") as session:
+    """Windows of the tiny families are shorter than the longest of these texts."""
+    wanted = judge(tiny(family), IDS[:length], float16=(1, 2))
+    with open_session(artifact(family), "float32") as session:
         at_once = session.prefill(IDS[:length])
         assert session.position == length
         session.reset()
@@ -256,6 +291,41 @@ def test_norms_are_right_where_squares_leave_float16(
     assert (largest**2 > 4 * 65504) if factor > 1 else (largest**2 < norm_eps)
     device = all_logits(export(tmp_path / "scaled", tmp_path / "out"), "float16")
     assert divergence(judge(tmp_path / "scaled", IDS), device) <= 5e-4
+
+
+def test_a_stream_beyond_float16_is_carried_scaled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Gemma whose embeddings and norms behind the halves are some thousand times larger."""
+    plain = Student(write_student(tmp_path / "plain", "gemma3", tie_word_embeddings=False))
+    (tmp_path / "large").mkdir()
+    with StudentWriter(tmp_path / "large", plain) as writer:
+        for name in plain.names():
+            values, factor = plain.read(name), np.float32(8000)
+            if name.endswith("embed_tokens.weight"):
+                values = values * factor
+            elif "post_attention_layernorm" in name or "post_feedforward_layernorm" in name:
+                values = (1 + values) * factor - 1
+            writer.write(name, values)
+    assert np.abs(residual_stream(tmp_path / "large")).max() > 2 * 65504
+    wanted = judge(tmp_path / "large", IDS)
+    device = all_logits(export(tmp_path / "large", tmp_path / "out"), "float16")
+    assert divergence(wanted, device) <= 5e-4
+    # The same values in a stream that is not scaled leave float16.
+    monkeypatch.setattr("edgedistill.coreml_norms.SCALED_STREAM", 1.0)
+    overflown = all_logits(export(tmp_path / "large", tmp_path / "unscaled"), "float16")
+    assert not np.isfinite(overflown).all(axis=-1).any()
+    in_float32 = all_logits(tmp_path / "unscaled", "float32")
+    assert divergence(judge(tmp_path / "large", IDS, float16=(1, 2)), in_float32) <= 1e-6
+
+
+def test_epsilon_counts_in_a_scaled_stream(tmp_path: Path) -> None:
+    """A stream so small that eps of its norms is most of what they divide by."""
+    student = write_student(tmp_path / "student", "gemma3", rms_norm_eps=30.0)
+    assert np.square(residual_stream(student)).mean() < 30.0
+    artifact = export(student, tmp_path / "out")
+    assert divergence(judge(student, IDS, float16=(1, 2)), all_logits(artifact, "float32")) <= 1e-6
+    assert divergence(judge(student, IDS), all_logits(artifact, "float16")) <= 5e-4
 
 
 def residual_stream(student: Path) -> Floats:

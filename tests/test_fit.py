@@ -22,7 +22,7 @@ from edgedistill.fit import FitRow, Load, fit_row
 from edgedistill.offered_rungs import RUNGS, able_formats, offer_rungs
 from edgedistill.plugins import load_plugin
 from edgedistill.student import Student
-from tests.tiny import EXPORTS, FAMILY_CONFIGS, PLAIN_FAMILIES
+from tests.tiny import EXPORTS, FAMILY_CONFIGS, HELD
 
 Tiny = Callable[[str], Path]
 CONTEXT_TOKENS = 256
@@ -106,7 +106,7 @@ def test_mixed_bits_meet_their_target_in_the_fullest_format(tiny: Tiny, family: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", PLAIN_FAMILIES)
+@pytest.mark.parametrize("family", HELD["onnx"])
 def test_the_cache_of_graphs_is_what_their_inputs_say(
     tiny: Tiny, tmp_path: Path, family: str
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,32 @@ COMPUTED: Cases = {
         lambda x: 1 / np.sqrt(x + 0.5),
     ),
     "silu": (lambda mb, x: mb.silu(x=x), [Y], lambda x: x / (1 + np.exp(-x))),
+    "gelu": (
+        lambda mb, x: mb.gelu(x=x, mode="TANH_APPROXIMATION"),
+        [X],
+        lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
+    ),
+    "gelu, exact": (
+        lambda mb, x: mb.gelu(x=x, mode="EXACT"),
+        [X],
+        lambda x: 0.5 * x * (1 + np.vectorize(math.erf)(x / np.sqrt(2))),
+    ),
+    "tanh": (lambda mb, x: mb.tanh(x=x), [Y], np.tanh),
+    "softmax": (
+        lambda mb, x: mb.softmax(x=x, axis=1),
+        [Y],
+        lambda x: np.moveaxis(softmax(np.moveaxis(x, 1, -1)), -1, 1),
+    ),
+    "matmul": (
+        lambda mb, x, y: mb.matmul(x=x, y=y),
+        [X, half(4, 5)],
+        lambda x, y: np.einsum("abi,io->abo", x, y),
+    ),
+    "matmul, both transposed": (
+        lambda mb, x, y: mb.matmul(x=x, y=y, transpose_x=True, transpose_y=True),
+        [X, half(2, 5, 3)],
+        lambda x, y: np.einsum("aib,aoi->abo", x, y),
+    ),
     "reduce_max": (
         lambda mb, x: mb.reduce_max(x=x, axes=[1, -1], keep_dims=True),
         [X],
@@ -163,6 +190,11 @@ MOVED: Cases = {
         lambda mb, x: mb.expand_dims(x=x, axes=[0, -1]),
         [CUBE],
         lambda x: x[None, :, :, :, None],
+    ),
+    "less and select": (
+        lambda mb, x, y: mb.select(cond=mb.less(x=x, y=np.int32(5)), a=y, b=np.float16(-7)),
+        [int32(4, 5, 6, 2049), half(3, 4)],
+        lambda x, y: np.where(x < 5, y, np.float16(-7)),
     ),
     "concat": (
         lambda mb, x, y: mb.concat(values=[x, y, x], axis=-1),

@@ -63,6 +63,15 @@ def test_rows_that_a_tensor_does_not_have_are_refused(whole: Path, name: str) ->
         SafetensorsFile(whole).split_rows(name, {"above": 4, "below": 5})
 
 
+def test_some_rows_are_those_of_the_whole_tensor(whole: Path) -> None:
+    file = SafetensorsFile(whole)
+    for name in ("half", "brain", "single", "codes", "none"):
+        for rows in (slice(0, 1), slice(1, 3), slice(2, 99)):
+            part = file.read(name, rows)
+            np.testing.assert_array_equal(part, file.read(name)[rows])
+            assert part.dtype == file.read(name).dtype
+
+
 @pytest.mark.parametrize("kept", [0, 4, 8, 60, -1])
 def test_a_truncated_file_is_refused_with_a_hint(whole: Path, kept: int) -> None:
     whole.write_bytes(whole.read_bytes()[:kept])

@@ -402,7 +402,6 @@ def test_names_of_a_gguf_are_the_packages_own(tiny: Tiny, family: str) -> None:
         assert checkpoint_names(there, family) == [name]
 
 
-@pytest.mark.parametrize("format_name", ["gguf", "onnx"])
 @pytest.mark.parametrize(
     ("fault", "name"),
     [
@@ -413,6 +412,7 @@ def test_names_of_a_gguf_are_the_packages_own(tiny: Tiny, family: str) -> None:
         (no_layer_slides, "sliding window"),
     ],
 )
+@pytest.mark.parametrize("format_name", FORMATS)
 def test_what_a_gemma_does_otherwise_is_named(
     tiny: Tiny, tmp_path: Path, fault: Edit, name: str, format_name: str
 ) -> None:

@@ -121,13 +121,11 @@ FUSED_MODULES = {
     "self_attn.qkv_proj": [f"self_attn.{short}_proj" for short in "qkv"],
     "mlp.gate_up_proj": ["mlp.gate_proj", "mlp.up_proj"],
 }
-# Those that every format holds; Core ML refuses the others by name.
-PLAIN_FAMILIES = ["llama", "llama3", "mistral", "qwen2", "qwen3"]
 # Those that llama.cpp runs: its architectures of Mistral, Qwen and Phi-3 have no sliding windows.
 GGUF_FAMILIES = [family for family in FAMILY_CONFIGS if not family.endswith("_sliding")]
 # Those that ONNX Runtime runs: it rotates multiples of 16 dimensions, and that one has 12.
 ONNX_FAMILIES = [family for family in FAMILY_CONFIGS if family != "phi4_mini"]
-HELD = {"gguf": GGUF_FAMILIES, "onnx": ONNX_FAMILIES, "coreml": PLAIN_FAMILIES}
+HELD = {"gguf": GGUF_FAMILIES, "onnx": ONNX_FAMILIES, "coreml": list(FAMILY_CONFIGS)}
 EXPORTS = [(family, name) for family in FAMILY_CONFIGS for name in HELD if family in HELD[name]]
 
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import math
-import shutil
 import uuid
 from hashlib import sha256
 from pathlib import Path
@@ -13,10 +10,8 @@ from typing import Any, ClassVar
 
 import edgedistill
 from edgedistill.coreml_weights import INTEGER_BITS, TABLE_BITS
-from edgedistill.decoder import DecoderFacts
 from edgedistill.errors import InputError
 from edgedistill.exporter import Exporter
-from edgedistill.plain_blocks import plain_block_problems
 from edgedistill.quantized import Grid
 from edgedistill.student import Student, copy_side_files, write_json
 
@@ -39,10 +34,6 @@ class Coreml(Exporter):
     def holds(self, grid: Grid) -> bool:
         """2, 3, 4 and 8 bits in groups of any size, with fixed and with integer zeros."""
         return grid.bits in (*TABLE_BITS, *INTEGER_BITS)
-
-    def problems(self, facts: DecoderFacts) -> list[str]:
-        """Whatever its blocks have beyond plain ones: the graph has no nodes for it yet."""
-        return plain_block_problems(facts, "Core ML")
 
     def stored_bytes(self, shape: tuple[int, ...], grid: Grid | None) -> int:
         """Codes, float16 scales, zeros as wide as what they are taken from; float16 of all else."""
@@ -72,17 +63,16 @@ class Coreml(Exporter):
                     where=str(student.path),
                     hint="quantize to 2, 3, 4 or 8 bits",
                 )
-        longest = student.facts.max_context_tokens
-        if not 1 <= context_tokens <= longest:
-            raise InputError(
-                f"context_tokens is {context_tokens}, the student knows 1 to {longest}",
-                where=str(student.path),
-            )
         self.refuse_context(student, context_tokens)
-        model = _convert(student, context_tokens)
-        spec = model.get_spec()
-        _describe(spec, student, context_tokens)
-        _write_package(spec, Path(model.weights_dir), dst / PACKAGE)
+        from edgedistill.coreml_model import write_model
+        from edgedistill.coreml_program import build_program
+
+        package = dst / PACKAGE
+        built = build_program(student, context_tokens)
+        (package / "Data" / WEIGHTS_FOLDER).mkdir(parents=True)
+        model = write_model(built, package / "Data" / WEIGHTS_FILE)
+        _describe(model, student, context_tokens)
+        _write_program(model, package)
         copy_side_files(student.path, dst)
         write_json(dst / "config.json", student.config)
 
@@ -93,24 +83,6 @@ class Coreml(Exporter):
         return WeightFile(artifact / PACKAGE / "Data" / WEIGHTS_FILE).data_bytes
 
 
-def _convert(student: Student, context_tokens: int) -> Any:
-    from edgedistill.coreml_program import build_program
-    from edgedistill.quiet_coremltools import import_coremltools
-
-    ct = import_coremltools()
-    program, inputs = build_program(student, context_tokens)
-    # Its progress bars would tear ours; errors are raised, not printed.
-    with contextlib.redirect_stderr(io.StringIO()):
-        return ct.convert(
-            program,
-            convert_to="mlprogram",
-            inputs=inputs,
-            minimum_deployment_target=ct.target.iOS18,
-            skip_model_load=True,
-            pass_pipeline=ct.PassPipeline.EMPTY,  # the default one rewrites constants
-        )
-
-
 def _describe(spec: Any, student: Student, context_tokens: int) -> None:
     """Metadata without a date: the same student gives the same bytes."""
     metadata = spec.description.metadata
@@ -118,15 +90,15 @@ def _describe(spec: Any, student: Student, context_tokens: int) -> None:
         f"{student.facts.family} decoder, {context_tokens} tokens of context"
     )
     metadata.versionString = edgedistill.__version__
-    metadata.userDefined.pop("com.github.apple.coremltools.conversion_date", None)
     metadata.userDefined["edgedistill"] = edgedistill.__version__
     metadata.userDefined["context_tokens"] = str(context_tokens)
 
 
-def _write_package(spec: Any, weights: Path, package: Path) -> None:
-    """The layout of an mlpackage, with identifiers made from the contents instead of at random."""
-    (package / "Data" / WEIGHTS_FOLDER).mkdir(parents=True)
-    shutil.copyfile(weights / "weight.bin", package / "Data" / WEIGHTS_FILE)
+def _write_program(spec: Any, package: Path) -> None:
+    """What an mlpackage has beside its weights, identifiers made from the contents, not at random.
+
+    Layout: ``modelpackage/src/ModelPackage.cpp`` of https://github.com/apple/coremltools.
+    """
     program = spec.SerializeToString(deterministic=True)
     (package / "Data" / MODEL_FILE).write_bytes(program)
     digest = sha256(program).hexdigest()

@@ -16,6 +16,9 @@ from edgedistill.verify.stated import Stated, describe, table_frequencies, theta
 PACKAGE = "model.mlpackage"
 _EMBEDDING = "model_embed_tokens_weight"
 _QUANTIZED, _TABLE = "constexpr_blockwise_shift_scale", "constexpr_lut_to_dense"
+# Ops that weigh the tokens, one a layer, and those that may follow the head's matrix.
+_ATTENTION = ("scaled_dot_product_attention", "softmax")
+_BEHIND_HEAD = ("mul", "tanh", "real_div")
 BITS = {"uint2": 2, "uint3": 3, "int4": 4, "uint4": 4, "int8": 8, "uint8": 8}
 # float16 keeps 11 bits; the root of epsilon is stored, and the base of the rotary frequencies is
 # the head_dim / 2-th power of what the tables say.
@@ -30,7 +33,7 @@ def read_coreml(artifact: Path) -> Stated:
         UnavailableError: coremltools is not installed.
     """
     program = _Program(read_package(artifact / PACKAGE))
-    rope = program.rope()
+    rope = program.rope("rope")
     beside = (artifact / "tokenizer_config.json").is_file()
     return Stated(
         counts=program.counts(),
@@ -38,6 +41,7 @@ def read_coreml(artifact: Path) -> Stated:
         tied_embeddings=program.tied(),
         norm_epsilons=program.norm_epsilons(),
         norm_tolerance=NORM_TOLERANCE,
+        **program.sliding(),
         rope_theta=rope[0] if rope else None,
         rope_divisors=rope[1] if rope else None,
         rope_tolerance=ROPE_TOLERANCE,
@@ -77,8 +81,10 @@ class _Program:
         return longest if stated == str(longest) else None
 
     def tied(self) -> bool | None:
-        """Whether the op that makes the logits reads the embedding."""
-        head = self._made.get("logits")
+        """Whether the matrix that makes the logits is the embedding."""
+        head, steps = self._made.get("logits"), 0
+        while head is not None and head.kind in _BEHIND_HEAD and steps <= len(_BEHIND_HEAD):
+            head, steps = self._maker(head.inputs.get("x", (None,))[0]), steps + 1
         weight = head.inputs.get("weight", (None,))[0] if head else None
         return weight == _EMBEDDING if isinstance(weight, str) else None
 
@@ -92,8 +98,37 @@ class _Program:
         values = (float(root.values().reshape(-1)[0]) for root in roots if root is not None)
         return frozenset(value * value for value in values)
 
-    def rope(self) -> tuple[float, npt.NDArray[np.float64]] | None:
-        tables = [self._constants.get(name) for name in ("rope_cos", "rope_sin")]
+    def sliding(self) -> dict[str, Any]:
+        """Which layers hide what lies before a window, told by the mask that each one adds."""
+        windows = [self._window(op) for op in self._package.operations if op.kind in _ATTENTION]
+        found = {window for window in windows if window is not None}
+        if not found:
+            return {"sliding_layers": ()}
+        rope = self.rope("rope_sliding") or self.rope("rope")
+        return {
+            "window_tokens": found.pop() if len(found) == 1 else None,
+            "sliding_layers": tuple(window is not None for window in windows),
+            "sliding_rope_theta": rope[0] if rope else None,
+        }
+
+    def _window(self, attention: Operation) -> int | None:
+        """What the mask of one attention is compared with; None where it is the caller's own."""
+        if attention.kind == "softmax":  # of scores to which the mask was added
+            added = self._maker(attention.inputs["x"][0])
+            mask = self._maker(added.inputs["y"][0]) if added else None
+        else:
+            mask = self._maker(attention.inputs["attn_mask"][0])
+        if mask is not None and mask.kind == "tile":
+            mask = self._maker(mask.inputs["x"][0])
+        if mask is None or mask.kind != "select":
+            return None
+        near = self._maker(mask.inputs["cond"][0])
+        window = self._constant(near.inputs["y"][0]) if near else None
+        return int(window.values().reshape(-1)[0]) if window is not None else None
+
+    def rope(self, name: str) -> tuple[float, npt.NDArray[np.float64]] | None:
+        """(theta, divisors) of the tables ``<name>_cos`` and ``<name>_sin``, if there are such."""
+        tables = [self._constants.get(f"{name}_{part}") for part in ("cos", "sin")]
         if any(table is None or len(table.shape) != 2 or table.shape[0] < 2 for table in tables):
             return None
         cos, sin = (table.values() for table in tables if table is not None)
@@ -134,6 +169,9 @@ class _Program:
             constant: Any = self._constants.get(name)
             shape = constant.shape if constant is not None else ()
         return shape if len(shape) == 2 else None
+
+    def _maker(self, source: str | Constant | None) -> Operation | None:
+        return self._made.get(source) if isinstance(source, str) else None
 
     def _constant(self, source: str | Constant) -> Constant | None:
         return self._constants.get(source) if isinstance(source, str) else source

@@ -9,60 +9,50 @@ from typing import Any
 import pytest
 
 from edgedistill.errors import InputError, RecipeError
-from edgedistill.plain_blocks import beyond_plain_blocks
 from edgedistill.plugins import load_plugin
 from edgedistill.recipe_load import load_recipe
 from edgedistill.student import Student
 from tests.recipes import MINIMAL, write_recipe
-from tests.tiny import FAMILY_CONFIGS, GGUF_FAMILIES, PLAIN_FAMILIES, write_student
+from tests.tiny import FAMILY_CONFIGS, HELD, write_student
 
 Tiny = Callable[[str], Path]
+WINDOW = 16  # of the tiny students that have one
 FULL, SLIDING = "full_attention", "sliding_attention"
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}
 LLAMA3 = FAMILY_CONFIGS["llama3"]["rope_parameters"]
 
 
-@pytest.mark.parametrize("family", PLAIN_FAMILIES)
-def test_plain_families_are_held_by_every_format(tiny: Tiny, family: str) -> None:
+@pytest.mark.parametrize("family", FAMILY_CONFIGS)
+def test_the_formats_say_which_families_they_hold(tiny: Tiny, family: str) -> None:
     facts = Student(tiny(family)).facts
-    assert beyond_plain_blocks(facts) == []
-    for name in ("gguf", "onnx", "coreml"):
-        assert load_plugin("exporters", name)().problems(facts) == []
-
-
-@pytest.mark.parametrize("family", sorted(set(GGUF_FAMILIES) - set(PLAIN_FAMILIES)))
-def test_gguf_holds_the_others_that_llama_cpp_runs(tiny: Tiny, family: str) -> None:
-    facts = Student(tiny(family)).facts
-    assert beyond_plain_blocks(facts) != []
-    assert load_plugin("exporters", "gguf")().problems(facts) == []
+    for name, families in HELD.items():
+        exporter = load_plugin("exporters", name)()
+        limit, _ = exporter.context_limit(facts)
+        assert (not exporter.problems(facts) and limit > WINDOW) == (family in families)
 
 
 def test_a_recipe_is_told_which_formats_cannot_carry_the_student(
     tiny: Tiny, tmp_path: Path
 ) -> None:
-    listed = MINIMAL.replace("[gguf]", "[gguf, onnx, coreml]")
+    student = tiny("phi4_mini")
+    listed = MINIMAL.replace("[gguf]", "[gguf, onnx]")
     with pytest.raises(RecipeError) as caught:
-        load_recipe(write_recipe(tmp_path, tiny("gemma3"), listed))
-    found = [str(problem) for problem in caught.value.problems]
-    (problem,) = found
-    assert "export[2]: gemma3_text cannot be exported to Core ML yet" in problem
-    assert "norms that multiply by 1 + w" in problem
-    assert "layers that attend to a sliding window" in problem
-    assert "hint: export it to gguf or onnx" in problem
-    targets = "targets:\n  phone: {{format: coreml}}\n  pi: {{format: gguf}}\n"
-    with pytest.raises(
-        RecipeError, match=r"targets\.phone\.format: gemma3_text cannot be exported"
-    ):
-        load_recipe(
-            write_recipe(tmp_path, tiny("gemma3"), MINIMAL.replace("export: [gguf]\n", targets))
-        )
-    assert load_recipe(write_recipe(tmp_path, tiny("gemma3"))).facts is not None
+        load_recipe(write_recipe(tmp_path, student, listed))
+    (problem,) = (str(one) for one in caught.value.problems)
+    assert "export[1]: " in problem
+    assert "12" in problem  # the dimensions that are rotated
+    assert "hint: export it to coreml or gguf" in problem
+    targets = "targets:\n  phone: {{format: onnx}}\n  pi: {{format: gguf}}\n"
+    with pytest.raises(RecipeError, match=r"targets\.phone\.format: "):
+        load_recipe(write_recipe(tmp_path, student, MINIMAL.replace("export: [gguf]\n", targets)))
+    held = MINIMAL.replace("[gguf]", "[gguf, coreml]")
+    assert load_recipe(write_recipe(tmp_path, student, held)).facts is not None
 
 
 def test_an_exporter_refuses_it_too_and_writes_nothing(tiny: Tiny, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="gemma3_text cannot be exported"):
-        load_plugin("exporters", "coreml")().export(
-            Student(tiny("gemma3")), tmp_path, context_tokens=64
+    with pytest.raises(InputError, match="12"):
+        load_plugin("exporters", "onnx")().export(
+            Student(tiny("phi4_mini")), tmp_path, context_tokens=64
         )
     assert not list(tmp_path.iterdir())
 
