@@ -12,6 +12,7 @@ from edgedistill.document import Document
 from edgedistill.errors import UsageError
 from edgedistill.fit import FitRow, Load, fit_row
 from edgedistill.offered_rungs import OfferedRung, able_formats, offer_rungs
+from edgedistill.plugins import load_plugin
 from edgedistill.student_profile import SeenStudent, StudentProfile, look_at_student
 
 DEFAULT_CONTEXT_TOKENS, LEAST_CONTEXT_TOKENS = 4096, 8
@@ -87,8 +88,14 @@ def examine(source: str, device_names: Sequence[str], context_tokens: int | None
     devices = find_devices(device_names)
     student = look_at_student(source, Path())
     facts = student.facts
-    context = _context(context_tokens, facts.max_context_tokens)
     able, refused = able_formats(facts)
+    limits = {name: load_plugin("exporters", name)().context_limit(facts) for name in able}
+    most = max((tokens for tokens, _ in limits.values()), default=facts.max_context_tokens)
+    context = _context(context_tokens, most)
+    for name, (tokens, words) in limits.items():
+        if tokens < context:
+            able.remove(name)
+            refused[name] = f"context_tokens {context} is more than {words}"
     formats = tuple(f for f in able if any(f in device.formats for device in devices))
     if not formats:
         raise UsageError(
