@@ -15,19 +15,21 @@ HEAD_TOKENS = 8192
 
 
 def gptq_cost(facts: DecoderFacts, tokens: int) -> StageCost:
-    """Tokens forward; the embedding thrice, a block and states in float32, a shard to be written.
+    """Tokens forward, and the more of what the embedding holds and what a block holds.
 
     Args:
         facts: of the student that arrives.
         tokens: of the calibration text.
     """
     shapes = facts.tensor_shapes()
-    block = sum(shapes[name][0] * shapes[name][1] for name in facts.linears(0).values())
+    sizes = [shapes[name][0] * shapes[name][1] for name in facts.linears(0).values()]
     wide = max(facts.heads * facts.head_dim, facts.ffn_size)
     # Hidden states and what the half computed inside, of each of the two streams.
-    states = sum(min(4 * tokens * width, HELD_BYTES) for width in (facts.hidden_size, wide))
-    held = 3 * 4 * facts.vocab_size * facts.hidden_size + 2 * 4 * block + 2 * states
-    held += min(facts.parameters, SHARD_BYTES)
-    # A Hessian of the widest inputs and what it is factorized through, in float64.
-    held += 6 * 8 * wide * wide
+    states = 2 * sum(min(4 * tokens * width, HELD_BYTES) for width in (facts.hidden_size, wide))
+    # In float32 as it was, as it was quantized, and once on the way.
+    embedding = 3 * 4 * facts.vocab_size * facts.hidden_size
+    # A block in float32 before and after; the widest Hessian, its factor, and two copies on the
+    # way; of the largest matrix what refitting its scales and revising its codes takes.
+    block = 2 * 4 * sum(sizes) + 4 * 4 * wide * wide + 6 * 4 * max(sizes)
+    held = states + max(embedding, block) + min(facts.parameters, SHARD_BYTES)
     return StageCost(FORWARDS_A_TOKEN * tokens + min(tokens, HEAD_TOKENS), held)
