@@ -26,6 +26,8 @@ JUDGED_TOKENS = 3 * TOKENS_PER_TEXT + len(STRETCH_ENDS) * STRETCH_TOKENS
 SECONDS_PER_CASE = {"gguf": 0.35, "onnx": 0.6, "coreml": 8.0}
 REFERENCE_SECONDS_PER_CASE = 0.5
 FLOAT32_OPERATIONS_PER_SECOND = 60e9  # of torch on two cores, on sequences of 512 tokens
+# A yardstick for training elsewhere, not a device: what a consumer's GPU sustains in float32.
+GPU_OPERATIONS_PER_SECOND = 10e12
 OTHER_SECONDS_PER_CASE = 1.0
 EXPANDED_BYTES = 1 << 30  # of Core ML's weights, as its interpreter holds them
 
@@ -97,9 +99,10 @@ def tensor_peak_bytes(facts: DecoderFacts) -> int:
     return BASE_BYTES + 4 * 4 * largest + 256 * 1024 * 1024
 
 
-def stage_seconds(facts: DecoderFacts, cost: StageCost) -> float:
+def stage_seconds(facts: DecoderFacts, cost: StageCost, *, on_gpu: bool = False) -> float:
     """Time of a stage that runs the student in float32: two operations a parameter and token."""
-    return cost.forward_tokens * 2 * facts.parameters / FLOAT32_OPERATIONS_PER_SECOND
+    rate = GPU_OPERATIONS_PER_SECOND if on_gpu else FLOAT32_OPERATIONS_PER_SECOND
+    return cost.forward_tokens * 2 * facts.parameters / rate
 
 
 def stage_peak_bytes(cost: StageCost) -> int:

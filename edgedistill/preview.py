@@ -9,8 +9,10 @@ from pydantic import Field
 
 from edgedistill.build import Options, Prepared, find_lowered, prepare
 from edgedistill.cache import Cache, StepRecord
+from edgedistill.distilling_stage import DistillingStage
 from edgedistill.errors import InputError
 from edgedistill.estimate import (
+    GPU_OPERATIONS_PER_SECOND,
     artifact_bytes,
     facts_of_rung,
     judge_peak_bytes,
@@ -41,13 +43,15 @@ from edgedistill.tasks import EVALUATION_FILE, JudgeLogits, RunStage, Score, Sco
 class PlannedStep(Document):
     """One step; ``seconds`` and ``peak_rss_bytes`` are measured if cached, else estimates.
 
-    ``seconds`` is None where no estimate is tried.
+    ``seconds`` is None where no estimate is tried; ``gpu_seconds`` is of steps that train, on a GPU
+    of ``GPU_OPERATIONS_PER_SECOND``.
     """
 
     label: str
     key: str
     cached: bool
     seconds: float | None
+    gpu_seconds: float | None = None
     peak_rss_bytes: int
 
 
@@ -157,6 +161,13 @@ def describe(plan: PlanReport) -> Iterator[str]:
         peak = f"{about}{step.peak_rss_bytes / 1e9:.1f} GB"
         state = "cached" if step.cached else "to run"
         yield f"  {state}  {step.label:<40} {seconds:>8} {peak:>8}"
+    for step in plan.steps:
+        if step.gpu_seconds is not None and step.seconds is not None:
+            yield (
+                f"  {step.label} trains: ~{step.seconds / 3600:.1f} h on two cores, "
+                f"~{step.gpu_seconds / 3600:.2f} h on a GPU with {step.peak_rss_bytes / 1e9:.0f} GB "
+                f"that does {GPU_OPERATIONS_PER_SECOND / 1e12:g} TFLOPS in float32"
+            )
     yield f"{plan.to_run} of {len(plan.steps)} steps to run"
     yield ""
     for a in plan.artifacts:
@@ -265,6 +276,14 @@ class _Estimate:
         self._cases = cases
         self._artifacts = {f"{a.rung}/{a.format}": a for a in artifacts}
 
+    def on_gpu(self, step: Step) -> float | None:
+        """Seconds of a step that trains, elsewhere; None for all others."""
+        stage = step.task.stage_config() if isinstance(step.task, RunStage) else None
+        if not isinstance(stage, DistillingStage):
+            return None
+        cost = stage.cost(self._facts)
+        return None if cost is None else stage_seconds(self._facts, cost, on_gpu=True)
+
     def of(self, step: Step) -> tuple[float | None, int]:
         if isinstance(step.task, RunStage):
             # Of the student as it came, from which pruning only takes away.
@@ -290,10 +309,12 @@ class _Estimate:
 
 def _planned(step: Step, record: StepRecord | None, estimate: _Estimate) -> PlannedStep:
     seconds, peak = (record.seconds, record.peak_rss_bytes) if record else estimate.of(step)
+    gpu_seconds = None if record else estimate.on_gpu(step)
     return PlannedStep(
         label=step.label,
         key=step.key,
         cached=record is not None,
         seconds=seconds,
+        gpu_seconds=gpu_seconds,
         peak_rss_bytes=peak,
     )

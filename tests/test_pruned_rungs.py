@@ -131,6 +131,11 @@ def test_plan_counts_what_is_left(tiny: Tiny, tmp_path: Path) -> None:
     assert "decode up to" in told
     heal = next(step for step in plan.steps if step.label == "slim: heal")
     assert heal.seconds is not None
+    # What trains is told of a GPU too, and nothing else is.
+    assert [step.label for step in plan.steps if step.gpu_seconds is not None] == ["slim: heal"]
+    assert heal.gpu_seconds is not None
+    assert 0 < heal.gpu_seconds < heal.seconds
+    assert "slim: heal trains: ~0.0 h on two cores" in told
 
 
 @pytest.mark.parametrize(
