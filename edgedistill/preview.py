@@ -165,8 +165,9 @@ def describe(plan: PlanReport) -> Iterator[str]:
         if step.gpu_seconds is not None and step.seconds is not None:
             yield (
                 f"  {step.label} trains: ~{step.seconds / 3600:.1f} h on two cores, "
-                f"~{step.gpu_seconds / 3600:.2f} h on a GPU with {step.peak_rss_bytes / 1e9:.0f} GB "
-                f"that does {GPU_OPERATIONS_PER_SECOND / 1e12:g} TFLOPS in float32"
+                f"~{step.gpu_seconds / 3600:.2f} h on a GPU that does "
+                f"{GPU_OPERATIONS_PER_SECOND / 1e12:g} TFLOPS in float32 and holds "
+                f"{step.peak_rss_bytes / 1e9:.0f} GB"
             )
     yield f"{plan.to_run} of {len(plan.steps)} steps to run"
     yield ""
