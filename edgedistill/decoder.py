@@ -21,6 +21,7 @@ from edgedistill.layer_kinds import (
     unrotated_ones,
 )
 from edgedistill.rope import Rope, positive, read_layered_ropes, read_rope
+from edgedistill.unknown_family import missing_facts
 
 Activation = Literal["silu", "gelu_tanh"]
 
@@ -346,8 +347,10 @@ class DecoderFacts:
         """
         kind = str(config.get("model_type"))
         if kind not in FAMILIES:
+            missing = missing_facts(config)
+            lacks = f": it has {', '.join(missing)}" if missing else ""
             raise InputError(
-                f"model_type {kind!r} is not a family that edgedistill knows",
+                f"model_type {kind!r} is not a family that edgedistill knows{lacks}",
                 where=where,
                 hint=f"known families: {', '.join(FAMILIES)}",
             )

@@ -92,7 +92,7 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_student(tmp_path_factory.mktemp("fuzz") / "student", "llama3", **SMALL)
 
 
-@pytest.fixture(scope="module", params=["llama", "gemma3"])
+@pytest.fixture(scope="module", params=["llama", "granite", "gemma2", "gemma3"])
 def gguf(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     """A GGUF file that our own intake takes: a llama3 of this size has not Llama 3.1's bands."""
     root = tmp_path_factory.mktemp("gguf")
@@ -141,7 +141,10 @@ def test_safetensors_with_a_damaged_header(tmp_path: Path) -> None:
     assert refused > 300
 
 
-@pytest.mark.parametrize("family", ["llama3", "gemma3"])
+@pytest.mark.parametrize(
+    "family",
+    ["llama3", "qwen2_yarn", "qwen3_sliding", "smollm3", "granite", "gemma2", "gemma3"],
+)
 def test_configs_with_damaged_values(tmp_path: Path, family: str) -> None:
     copied = write_student(tmp_path / "copied", family, **SMALL)
     path = copied / "config.json"

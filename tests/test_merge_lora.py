@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from edgedistill.errors import InputError
 from edgedistill.stages.merge_lora import MergeLora
 from edgedistill.student import Student
+from tests.tiny import FAMILY_CONFIGS
 
 TARGETS = ("q", "k", "v", "o")
 
@@ -55,14 +56,16 @@ def _logits(directory: Path) -> torch.Tensor:
     return logits
 
 
-@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize(
+    ("family", "rslora"), [("llama", True), *((family, False) for family in FAMILY_CONFIGS)]
+)
 def test_merged_student_equals_pefts_adapted_model(
-    tiny: Callable[[str], Path], tmp_path: Path, rslora: bool
+    tiny: Callable[[str], Path], tmp_path: Path, family: str, rslora: bool
 ) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    student = Student(tiny("llama"))
+    student = Student(tiny(family))
     adapter = _write_adapter(student, tmp_path / "adapter", use_rslora=rslora)
     merged = tmp_path / "merged"
     merged.mkdir()

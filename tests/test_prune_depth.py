@@ -212,9 +212,9 @@ def test_a_text_too_short_to_hold_any_out_is_refused(deep: Path, tmp_path: Path)
     [
         ("gemma3", {"layer_types": None, "sliding_window_pattern": 2}, (0,)),
         ("gemma2", {"layer_types": None}, (0,)),
-        ("qwen3_sliding", {"layer_types": None, "max_window_layers": 1}, (1,)),
+        ("qwen3_sliding", {"layer_types": None, "max_window_layers": 1}, (0,)),
         ("smollm3", {"no_rope_layers": None, "no_rope_layer_interval": 2}, (0,)),
-        ("smollm3", {"no_rope_layers": [0, 1, 0, 1, 1, 1]}, (0, 1)),
+        ("smollm3", {"no_rope_layers": [0, 1, 1, 1, 1, 1]}, (0,)),
     ],
     ids=str,
 )
