@@ -242,6 +242,11 @@ class DecoderFacts:
         """How many of a head's dimensions are rotated."""
         return self.rotated_dims or self.head_dim
 
+    @property
+    def steady_tokens(self) -> int:
+        """The longest text whose beginning is computed as by itself; LongRoPE turns it anew."""
+        return min(self.max_context_tokens, self.rope.short_text_tokens or self.max_context_tokens)
+
     def slides(self, layer: int) -> bool:
         """Whether a layer attends to a window."""
         return bool(self.sliding_layers) and self.sliding_layers[layer]

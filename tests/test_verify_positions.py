@@ -23,6 +23,7 @@ from edgedistill.verify.judge import (
     LONG,
     JudgedStretches,
     read_judge_stretches,
+    read_texts,
     stretches_of,
     write_judge_logits,
 )
@@ -205,3 +206,12 @@ def test_a_prompt_that_is_longer_than_the_artifacts_context_is_refused(
             context_tokens=300,
             threads=1,
         )
+
+
+def test_no_text_is_judged_beyond_where_longrope_turns_it_anew(tmp_path: Path) -> None:
+    """The judge reads a text whole, an artifact with its context's factors: they would differ."""
+    student = write_student(tmp_path, "phi4_mini", original_max_position_embeddings=64)
+    text = "The quick brown fox jumps over the lazy dog. " * 20
+    assert len(read_texts(student, {"text": text}, Chat())["text"]) == 64
+    whole = write_student(tmp_path / "whole", "phi4_mini", rope_parameters=None)
+    assert len(read_texts(whole, {"text": text}, Chat())["text"]) > 64

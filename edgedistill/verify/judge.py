@@ -96,7 +96,7 @@ def write_judge_logits(
         InputError: a text without tokens; a chat template that refuses it.
     """
     tokenizer, where = load_tokenizer(student), str(student)
-    longest = Student(student).facts.max_context_tokens
+    longest = Student(student).facts.steady_tokens
     ids = read_texts(student, texts, chat)
     most = min(longest, context_tokens or longest)
     turns = read_two_turns(tokenizer, chat, most_tokens=most, where=where)
@@ -121,7 +121,7 @@ def read_texts(student: Path, texts: Mapping[str, str], chat: Chat) -> dict[str,
         InputError: a text without tokens; a chat template that refuses it.
     """
     tokenizer, where = load_tokenizer(student), str(student)
-    longest = Student(student).facts.max_context_tokens
+    longest = Student(student).facts.steady_tokens
     ids = {}
     for name, text in texts.items():
         read = read_as_used(tokenizer, text, chat, where=where)
