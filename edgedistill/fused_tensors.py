@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgedistill.decoder import FAMILIES, DecoderFacts
+from edgedistill.decoder import DecoderFacts
+from edgedistill.families import FAMILIES
 
 Array = npt.NDArray[Any]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from edgedistill.decoder import MOST_LAYERS
+from edgedistill.decoder_config import MOST_LAYERS
 from edgedistill.errors import InputError
 from edgedistill.gguf_file import GgufFile
 from edgedistill.gguf_layout import LONG_DIVISORS, ROPE_DIVISORS, SHORT_DIVISORS

@@ -18,8 +18,8 @@ from __future__ import annotations
 import numpy as np
 from onnx import TensorProto
 
-from edgedistill.decoder import Activation
 from edgedistill.errors import InputError
+from edgedistill.families import Activation
 from edgedistill.onnx_graph import MICROSOFT, OnnxGraph
 from edgedistill.onnx_layout import ROPE_TABLES, SLIDING_ROPE_TABLES
 from edgedistill.onnx_package import FIRST_LOGIT

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from edgedistill.decoder import FAMILIES, DecoderFacts
+from edgedistill.decoder import DecoderFacts
 from edgedistill.errors import InputError, RecipeError
+from edgedistill.families import FAMILIES
 from edgedistill.recipe_load import load_recipe
 from edgedistill.student import Student, write_json
 from edgedistill.unknown_family import missing_facts

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from edgedistill.decoder import MOST_LAYERS
+from edgedistill.decoder_config import MOST_LAYERS
 from edgedistill.errors import InputError
 from edgedistill.gguf_blocks import F16, F32, Q2_0, Q4_0, Q4_1, Q5_0, Q8_0
 from edgedistill.gguf_file import GgufFile, gguf_package
