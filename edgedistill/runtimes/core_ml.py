@@ -19,7 +19,7 @@ PACKAGE = "model.mlpackage"
 # Finite, so that no runtime makes NaN of it, and in float16's range with any score up to 25e3.
 MASKED = np.float16(-4e4)
 PREFILL_TOKENS = 256
-LOGIT_TOKENS = 64  # rows of logits that lie in memory at once
+LOGIT_TOKENS = 256  # rows of logits that lie in memory at once
 
 
 class Predictor(Protocol):
