@@ -110,7 +110,8 @@ class _Gatherer:
         self._rulings = rulings
 
     def gather(self, steps: ArtifactSteps, record: StepRecord) -> BuiltArtifact:
-        out = self._pipeline.cache.out(steps.export.key)
+        out = self._pipeline.output(steps.export)
+        assert out is not None  # it has a record
         weights = Weights.model_validate_json((out / WEIGHTS_FILE).read_bytes())
         bench = _read(self._pipeline, steps.bench, BENCH_FILE, Bench)
         size_bytes = sum(f.size_bytes for f in artifact_files(record))

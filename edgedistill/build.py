@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
 import edgedistill
 from edgedistill.assemble import Assembled, assemble
-from edgedistill.cache import Cache
+from edgedistill.cache_place import CachePlace, open_cache
 from edgedistill.decoder import DecoderFacts
 from edgedistill.disk import disk_error
+from edgedistill.errors import UsageError
 from edgedistill.kept_scores import keep_scores
 from edgedistill.low_bits import low_bit_warnings
 from edgedistill.lowered import lowered_clauses, read_manifests
@@ -25,17 +28,21 @@ from edgedistill.recipe import Recipe
 from edgedistill.recipe_load import load_recipe
 from edgedistill.results import BuildReport, LoweredClause, StepReport
 
+Executor = Literal["local", "ray"]
+
 
 @dataclass(frozen=True)
 class Options:
-    """Where things are and what to run; nothing here changes a byte of what is built."""
+    """Where things are, what to run and where; nothing here changes a byte of what is built."""
 
     recipe: Path
-    cache: Path
+    cache: CachePlace
     exports: Path = Path("exports")
     student: str | None = None
     only: tuple[str, ...] = ()
     rebench: bool = False
+    executor: Executor = "local"
+    ray_address: str | None = None
 
 
 @dataclass(frozen=True)
@@ -79,7 +86,7 @@ def build(options: Options, tell: Say = say) -> tuple[BuildReport, Path]:
     prepared = prepare(options)
     for warning in low_bit_warnings(prepared.recipe, prepared.facts):
         tell(f"warning: {warning}")
-    pipeline = Pipeline(Cache(options.cache), tell)
+    pipeline = _pipeline(options, prepared, tell)
     step_reports = pipeline.run(prepared.steps.ordered())
     _warn_of_memory(prepared.recipe, step_reports, tell)
     assembled = assemble(prepared.recipe, prepared.steps, pipeline)
@@ -109,6 +116,26 @@ def build(options: Options, tell: Say = say) -> tuple[BuildReport, Path]:
     page = _publish(prepared.recipe, assembled, report, options.exports)
     keep_scores(prepared.steps, pipeline, options.exports / prepared.recipe.name)
     return report, page
+
+
+def _pipeline(options: Options, prepared: Prepared, tell: Say) -> Pipeline:
+    if options.executor == "local":
+        if options.ray_address is not None:
+            raise UsageError(
+                f"--ray-address {options.ray_address}: nothing runs there",
+                hint="add --executor ray",
+            )
+        return Pipeline(open_cache(options.cache), tell)
+    from edgedistill.preview import estimate_peaks
+    from edgedistill.ray_cluster import LOCAL, Asked, need_ray
+    from edgedistill.ray_executor import RayPipeline
+
+    need_ray()
+    limits = prepared.recipe.build
+    memory_bytes = int(limits.peak_ram_gb * 1e9) if limits.peak_ram_gb else None
+    address = options.ray_address or os.environ.get("RAY_ADDRESS") or LOCAL
+    asked = Asked(address, limits.threads, memory_bytes)
+    return RayPipeline(options.cache, tell, asked=asked, peak_bytes=estimate_peaks(prepared))
 
 
 def find_lowered(recipe: Recipe, exports: Path) -> list[LoweredClause]:

@@ -98,6 +98,17 @@ class Cache:
             return None
         return record if all(_unchanged(self.out(key), f) for f in record.files) else None
 
+    def look_up(self, key: str) -> StepRecord | None:
+        """The record of a finished step, wherever its files lie."""
+        return self.find(key)
+
+    def share(self, record: StepRecord) -> None:
+        """Let other machines have a step that is finished here."""
+
+    def fetch(self, key: str) -> StepRecord | None:
+        """The record of a finished step, once its files lie here; the caller holds the lock."""
+        return self.find(key)
+
     @contextmanager
     def lock(self, key: str, waiting: Callable[[], None]) -> Iterator[int]:
         """Hold the key; yields the lock's descriptor, for a child process to hold it too.

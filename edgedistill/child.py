@@ -25,6 +25,7 @@ from edgedistill.task import Task
 LOG_TAIL_LINES = 15
 LOG_BYTES = 1_000_000
 CHUNK_BYTES = 65536
+WAKE_SECONDS = 0.5  # an interrupt that comes as no signal (Ray's) waits until Python wakes up
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -129,7 +130,7 @@ def _listen(result: int, process: subprocess.Popen[bytes]) -> tuple[bytes, str]:
         selector.register(result, selectors.EVENT_READ)
         selector.register(output, selectors.EVENT_READ)
         while selector.get_map().get(result):
-            for key, _ in selector.select():
+            for key, _ in selector.select(WAKE_SECONDS):
                 chunk = os.read(key.fd, CHUNK_BYTES)
                 (answer if key.fd == result else said).extend(chunk)
                 if not chunk:

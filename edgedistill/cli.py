@@ -5,6 +5,7 @@ stdout is data, stderr is talk.  Whatever costs time to import is imported insid
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 import sys
 from pathlib import Path
@@ -14,14 +15,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgedistill import __version__
+from edgedistill.cache_place import find_place
 from edgedistill.cli_options import (
     CacheOption,
+    ExecutorOption,
     ExportsOption,
     JsonOption,
     OnlyOption,
+    RayAddressOption,
     RecipePath,
     StudentOption,
-    default_cache,
 )
 from edgedistill.cli_options import (
     run_command as _run,
@@ -71,6 +74,8 @@ def build(
     cache: CacheOption = None,
     only: OnlyOption = None,
     rebench: Annotated[bool, typer.Option("--rebench", help="Measure speed again.")] = False,
+    executor: ExecutorOption = "local",
+    ray_address: RayAddressOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Build every artifact of a recipe, verify, judge and time it, and report."""
@@ -78,7 +83,12 @@ def build(
     def run() -> int:
         from edgedistill.build import build as build_recipe
 
-        options = _options(recipe, student, cache, only, exports=exports, rebench=rebench)
+        options = dataclasses.replace(
+            _options(recipe, student, cache, only, exports=exports),
+            rebench=rebench,
+            executor=executor,
+            ray_address=ray_address,
+        )
         report, page = build_recipe(options)
         if as_json:
             typer.echo(report.model_dump_json(indent=2))
@@ -207,7 +217,7 @@ def verify(
     def run() -> int:
         from edgedistill.recheck import Verifier, show
 
-        verifier = Verifier((cache or default_cache()).absolute(), threads)
+        verifier = Verifier(find_place(cache), threads)
         return show(verifier.recheck(paths, against), page, as_json=as_json)
 
     _run(run)
@@ -243,7 +253,7 @@ def evaluate(
     def run() -> int:
         from edgedistill.evaluate.command import Request, evaluate_artifact
 
-        root = (cache or default_cache()).absolute()
+        root = find_place(cache)
         request = Request(
             artifact, tuple(suite), reference, root, floor, sample, context_tokens, threads
         )
@@ -289,21 +299,19 @@ def suite_from_logs(
 def _options(
     recipe: Path,
     student: str | None,
-    cache: Path | None,
+    cache: str | None,
     only: list[str] | None,
     *,
     exports: Path = Path("exports"),
-    rebench: bool = False,
 ) -> Options:
     from edgedistill.build import Options
 
     return Options(
         recipe=recipe,
-        cache=(cache or default_cache()).absolute(),
+        cache=find_place(cache),
         exports=exports.absolute(),
         student=student,
         only=tuple(only or ()),
-        rebench=rebench,
     )
 
 

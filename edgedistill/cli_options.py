@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -20,20 +19,24 @@ ExportsOption = Annotated[
     Path, typer.Option("--exports", help="Where artifacts and report go.", metavar="DIR")
 ]
 CacheOption = Annotated[
-    Path | None,
-    typer.Option("--cache", help="Default: $XDG_CACHE_HOME/edgedistill.", metavar="DIR"),
+    str | None,
+    typer.Option("--cache", help="Default: $XDG_CACHE_HOME/edgedistill.", metavar="DIR|URL"),
 ]
 OnlyOption = Annotated[
     list[str] | None,
     typer.Option("--only", help="Only this part; may be repeated.", metavar="RUNG[/FORMAT]"),
 ]
+ExecutorOption = Annotated[
+    Literal["local", "ray"],
+    typer.Option("--executor", help="What runs the steps: this machine, or a Ray cluster."),
+]
+RayAddressOption = Annotated[
+    str | None,
+    typer.Option(
+        "--ray-address", help="Default: $RAY_ADDRESS, or this machine.", metavar="HOST:PORT"
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
-
-
-def default_cache() -> Path:
-    """``$XDG_CACHE_HOME/edgedistill``, which is ``~/.cache/edgedistill`` for most."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "edgedistill"
 
 
 def run_command(command: Callable[[], int]) -> None:

@@ -7,7 +7,8 @@ so all keys are known before anything runs.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -39,6 +40,7 @@ class Step:
         inputs: name, as the task knows it, -> the step whose output it is.
         hashes: of input files, shared by all steps of a build.
         fresh: run it even if the cache has it.
+        alone: it measures this machine: it runs here, with nothing beside it.
     """
 
     label: str
@@ -46,6 +48,7 @@ class Step:
     inputs: Mapping[str, Step] = field(default_factory=dict)
     hashes: ContentHashes = field(default_factory=ContentHashes)
     fresh: bool = False
+    alone: bool = False
 
     @cached_property
     def fields(self) -> dict[str, Any]:
@@ -115,8 +118,7 @@ class Pipeline:
         """
         ordered = unique(s for step in steps for s in step.lineage())
         self.cache.sweep()
-        for number, step in enumerate(ordered, start=1):
-            self._outcomes[step.key] = self._settle(step, f"[{number}/{len(ordered)}]")
+        self._settle_all([(step, f"[{n}/{len(ordered)}]") for n, step in enumerate(ordered, 1)])
         return [report for step in ordered if (report := self.outcome(step).report)]
 
     def outcome(self, step: Step) -> Outcome:
@@ -124,41 +126,65 @@ class Pipeline:
         return self._outcomes[step.key]
 
     def output(self, step: Step) -> Path | None:
-        """Where the step's output lies; None when there is none."""
-        return self.cache.out(step.key) if self.outcome(step).record else None
+        """Where the step's output lies on this disk; None when there is none."""
+        return self._present(step) if self.outcome(step).record else None
+
+    def _settle_all(self, ordered: Sequence[tuple[Step, str]]) -> None:
+        """Have an outcome of every step; each comes after its inputs, with its number."""
+        for step, number in ordered:
+            self._outcomes[step.key] = self._settle(step, number)
+
+    def _failed_input(self, step: Step) -> EdgedistillError | None:
+        """The error of an input that settled without an output."""
+        errors = (self._outcomes[source.key].error for source in step.inputs.values())
+        return next((error for error in errors if error), None)
 
     def _settle(self, step: Step, number: str) -> Outcome:
-        for source in step.inputs.values():
-            failed = self._outcomes[source.key]
-            if failed.error:
-                return Outcome(error=failed.error)
+        failed = self._failed_input(step)
+        if failed:
+            return Outcome(error=failed)
         try:
             return self._find_or_run(step, number)
         except EdgedistillError as error:
             self._tell(f"{number} {step.label}: failed\nerror: {error}")
-            return Outcome(error=error, report=_report(step, error=str(error)))
+            return Outcome(error=error, report=report_of(step, error=str(error)))
 
     def _find_or_run(self, step: Step, number: str) -> Outcome:
-        record = None if step.fresh else self.cache.find(step.key)
+        record = None if step.fresh else self.cache.look_up(step.key)
         if record:
-            return Outcome(record, report=_report(step, record, cached=True))
+            self.cache.share(record)
+            return Outcome(record, report=report_of(step, record, cached=True))
 
-        def waiting() -> None:
-            self._tell(f"{number} {step.label}: another build is at it; waiting")
-
-        with self.cache.lock(step.key, waiting) as lock:
+        with self._locked(step, number) as lock:
             # Whoever held the lock may have finished the step.
-            record = None if step.fresh else self.cache.find(step.key)
+            record = None if step.fresh else self.cache.look_up(step.key)
             if record:
-                return Outcome(record, report=_report(step, record, cached=True))
+                return Outcome(record, report=report_of(step, record, cached=True))
             self._tell(f"{number} {step.label}")
             record = self._run(step, lock)
         peak_gb = record.peak_rss_bytes / 1e9
         self._tell(f"{number} {step.label}: {record.seconds:.1f} s, peak {peak_gb:.2f} GB")
-        return Outcome(record, report=_report(step, record, cached=False))
+        return Outcome(record, report=report_of(step, record, cached=False))
+
+    @contextmanager
+    def _locked(self, step: Step, number: str) -> Iterator[int]:
+        def waiting() -> None:
+            self._tell(f"{number} {step.label}: another build is at it; waiting")
+
+        with self.cache.lock(step.key, waiting) as lock:
+            yield lock
+
+    def _present(self, step: Step) -> Path:
+        """Have the output of a finished step here; one that was damaged since is made again."""
+        if self.cache.find(step.key) is None:
+            with self._locked(step, "[input]") as lock:
+                if self.cache.fetch(step.key) is None:
+                    self._tell(f"warning: {step.label}: its output is damaged and made again")
+                    self._run(step, lock)
+        return self.cache.out(step.key)
 
     def _run(self, step: Step, lock: int) -> StepRecord:
-        inputs = {name: self.cache.out(source.key) for name, source in step.inputs.items()}
+        inputs = {name: self._present(source) for name, source in step.inputs.items()}
         if step.task.keeps_work():
             inputs[WORK] = self.cache.work(step.key)
         log = self.cache.log(step.key)
@@ -181,9 +207,10 @@ class Pipeline:
         return record
 
 
-def _report(
+def report_of(
     step: Step, record: StepRecord | None = None, *, cached: bool = False, error: str | None = None
 ) -> StepReport:
+    """What the build's report says of a step."""
     return StepReport(
         label=step.label,
         key=step.key,

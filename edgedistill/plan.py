@@ -351,7 +351,7 @@ class _Planner:
             kv_cache_bits=self._kv_cache_bits(label),
         )
         inputs = {"artifact": export, "student": student}
-        return Step(f"{label}: bench", task, inputs, self._hashes, fresh=self._rebench)
+        return Step(f"{label}: bench", task, inputs, self._hashes, self._rebench, alone=True)
 
     def _stages(self, label: str, stages: Sequence[StageStep], student: Step) -> Step:
         for stage in stages:

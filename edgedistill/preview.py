@@ -9,6 +9,7 @@ from pydantic import Field
 
 from edgedistill.build import Options, Prepared, find_lowered, prepare
 from edgedistill.cache import Cache, StepRecord
+from edgedistill.cache_place import open_cache
 from edgedistill.distilling_stage import DistillingStage
 from edgedistill.errors import InputError
 from edgedistill.estimate import (
@@ -110,7 +111,7 @@ def preview(options: Options) -> PlanReport:
         EdgedistillError: as :func:`edgedistill.build.prepare`.
     """
     prepared = prepare(options)
-    cache = Cache(options.cache)
+    cache = open_cache(options.cache)
     recipe, facts = prepared.recipe, prepared.facts
     cases = count_cases(recipe.suite)
     clauses, spread_from = _power(prepared, cache)
@@ -147,9 +148,16 @@ def plan_steps(
     """All steps, each with what it took if the cache has it, or else is expected to take."""
     estimate = _Estimate(prepared, artifacts, cases)
     return [
-        _planned(step, None if step.fresh else cache.find(step.key), estimate)
+        _planned(step, None if step.fresh else cache.look_up(step.key), estimate)
         for step in prepared.steps.ordered()
     ]
+
+
+def estimate_peaks(prepared: Prepared) -> dict[str, int]:
+    """Key -> bytes of peak memory that each step is expected to take."""
+    cases = count_cases(prepared.recipe.suite)
+    estimate = _Estimate(prepared, plan_artifacts(prepared, cases), cases)
+    return {step.key: estimate.of(step)[1] for step in prepared.steps.ordered()}
 
 
 def describe(plan: PlanReport) -> Iterator[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgedistill.artifact_source import GGUF_FILE, ArtifactSource, find_artifact, find_runtime
-from edgedistill.cache import Cache
+from edgedistill.cache_place import CachePlace, open_cache
 from edgedistill.chat import Chat
 from edgedistill.content import ContentHashes
 from edgedistill.errors import EdgedistillError, ExitCode, InputError, UnavailableError
@@ -58,7 +58,7 @@ class Verifier:
         threads: for the runtimes and the judge.
     """
 
-    cache: Path
+    cache: CachePlace
     threads: int = 2
     tell: Say = say
 
@@ -97,7 +97,7 @@ class Verifier:
 
     def run_step(self, step: Step) -> tuple[Verification | None, EdgedistillError | None]:
         """The verification that a step wrote, or why there is none."""
-        pipeline = Pipeline(Cache(self.cache), self.tell)
+        pipeline = Pipeline(open_cache(self.cache), self.tell)
         pipeline.run([step])
         output = pipeline.output(step)
         if output is None:
@@ -153,7 +153,7 @@ class _Foreign:
 
     def verify_all(self, paths: Sequence[Path]) -> list[Rechecked]:
         sources = [find_artifact(path.absolute()) for path in paths]
-        pipeline = Pipeline(Cache(self._verifier.cache), self._verifier.tell)
+        pipeline = Pipeline(open_cache(self._verifier.cache), self._verifier.tell)
         pipeline.run([self._judge])
         error = pipeline.outcome(self._judge).error
         if error is not None:
@@ -167,7 +167,7 @@ class _Foreign:
             file = source.files[GGUF_FILE]
             weights = OwnWeights(file=file, threads=self._verifier.threads)
             own = self._step(f"{path.name}: its weights", weights, student=self._student)
-            pipeline = Pipeline(Cache(self._verifier.cache), self._verifier.tell)
+            pipeline = Pipeline(open_cache(self._verifier.cache), self._verifier.tell)
             pipeline.run([own])
             if pipeline.output(own) is not None:
                 judged = self._judged(f"{path.name}, its weights", own)

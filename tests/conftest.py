@@ -42,7 +42,7 @@ SLOW_MODULES = {
             "mil_interpreter",
         ),
         *("mil_ops", "onnx", "onnx_facts", "onnx_runtime"),
-        *("pipeline", "quantize_rtn", "sentiment_data"),
+        *("pipeline", "quantize_rtn", "ray", "sentiment_data"),
         *("suite_draft", "suite_traffic", "torch_reference"),
         *("verify", "verify_cache", "verify_command", "verify_golden", "verify_lint"),
         *("verify_positions", "verify_rounding", "verify_text"),

@@ -1,4 +1,7 @@
-"""A program that builds a chain of three steps: python -m tests.pipeline_driver CACHE WITNESS S."""
+"""A program that builds a chain of three steps.
+
+python -m tests.pipeline_driver CACHE WITNESS SECONDS [ray]
+"""
 
 from __future__ import annotations
 
@@ -21,5 +24,11 @@ def chain(witness: str, seconds: float) -> list[Step]:
 
 
 if __name__ == "__main__":
-    root, witness_file, sleep_seconds = sys.argv[1:]
-    Pipeline(Cache(Path(root))).run(chain(witness_file, float(sleep_seconds)))
+    root, witness_file, sleep_seconds, *executor = sys.argv[1:]
+    pipeline = Pipeline(Cache(Path(root)))
+    if executor:
+        from edgedistill.ray_cluster import Asked
+        from edgedistill.ray_executor import RayPipeline
+
+        pipeline = RayPipeline(Path(root), asked=Asked(), peak_bytes={})
+    pipeline.run(chain(witness_file, float(sleep_seconds)))

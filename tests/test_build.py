@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from edgedistill.build import Options, build, student_name
-from edgedistill.cache import Cache
+from edgedistill.cache_place import open_cache
 from edgedistill.errors import ExitCode, UsageError
 from edgedistill.manifest import Manifest
 from edgedistill.preview import describe, preview
@@ -147,7 +147,7 @@ def test_a_gemma_is_verified_in_gguf_and_onnx(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_crash_in_one_rung_does_not_stop_the_other(built: Built, tiny: Tiny) -> None:
     """The weights of int8 vanish from the cache and cannot be made: its directory is a file."""
-    cache = Cache(built.options.cache)
+    cache = open_cache(built.options.cache)
     plan = preview(built.options)
     broken = next(step.key for step in plan.steps if step.label == "int8/gguf: export")
     cache.forget(broken)

@@ -245,9 +245,10 @@ class InThisProcess(Verifier):
     """Runs its one step here, and not in a process of its own."""
 
     def run_step(self, step: Step) -> tuple[Verification | None, EdgedistillError | None]:
-        self.cache.mkdir(parents=True, exist_ok=True)
-        step.task.run({}, self.cache)
-        return Verification.model_validate_json((self.cache / VERIFICATION_FILE).read_bytes()), None
+        place = Path(self.cache)
+        place.mkdir(parents=True, exist_ok=True)
+        step.task.run({}, place)
+        return Verification.model_validate_json((place / VERIFICATION_FILE).read_bytes()), None
 
 
 @pytest.mark.parametrize(("bits", "cache"), [(8, "q8_0"), (16, "float16"), (None, "float16")])

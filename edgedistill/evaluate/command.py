@@ -7,7 +7,7 @@ from pathlib import Path
 
 from edgedistill.artifact_source import ArtifactSource, find_artifact, find_runtime
 from edgedistill.beside import Beside
-from edgedistill.cache import Cache
+from edgedistill.cache_place import CachePlace, open_cache
 from edgedistill.chat import Chat
 from edgedistill.content import ContentHashes
 from edgedistill.errors import ExitCode, UsageError
@@ -51,7 +51,7 @@ class Request:
     artifact: Path
     suite: tuple[Path, ...]
     reference: str
-    cache: Path
+    cache: CachePlace
     floor: str | None = None
     sample: int | None = None
     context_tokens: int | None = None
@@ -77,7 +77,7 @@ def evaluate_artifact(request: Request, tell: Say = say) -> Outcome:
     criteria, artifact = read_criteria(request.floor), find_artifact(request.artifact)
     waivers = read_waivers(criteria.waivers)
     judged = _plan(request, criteria, artifact)
-    pipeline = Pipeline(Cache(request.cache), tell)
+    pipeline = Pipeline(open_cache(request.cache), tell)
     pipeline.run([judged])
     error, output = pipeline.outcome(judged).error, pipeline.output(judged)
     if error is not None or output is None:
@@ -150,7 +150,8 @@ class _Plan:
             threads=self.request.threads,
         )
         step = self.step("reference: score", whole, **inputs)
-        if self.request.sample is None or Cache(self.request.cache).find(step.key) is not None:
+        cache = open_cache(self.request.cache)
+        if self.request.sample is None or cache.look_up(step.key) is not None:
             return step
         sample = whole.model_copy(update={"sample": self.request.sample})
         return self.step("reference: score", sample, **inputs)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from edgedistill.build import Prepared
 from edgedistill.cache import Cache
+from edgedistill.cache_place import CachePlace, open_cache
 from edgedistill.decoder import DecoderFacts
 from edgedistill.errors import UsageError
 from edgedistill.estimate import artifact_bytes, facts_of_rung
@@ -90,7 +91,7 @@ class Field:
         return next((a for a in own if a.judges), own[0])
 
 
-def find_candidates(path: Path, student: str | None, cache: Path) -> Field:
+def find_candidates(path: Path, student: str | None, cache: CachePlace) -> Field:
     """Read the recipe, make the candidates of the ladder and of its own rungs, plan their steps.
 
     Raises:
@@ -111,7 +112,7 @@ def find_candidates(path: Path, student: str | None, cache: Path) -> Field:
     candidates = _Candidates(known, facts, rungs)
     found = [candidates.of_recipe(name) for name in own]
     found += [candidates.of_ladder(names[r.name], r, names) for r in remedies]
-    return _planned(known.recipe, facts, source, found, notes, Cache(cache))
+    return _planned(known.recipe, facts, source, found, notes, open_cache(cache))
 
 
 def in_order(candidate: Candidate) -> tuple[int, int]:

@@ -8,12 +8,12 @@ from typing import Annotated
 
 import typer
 
+from edgedistill.cache_place import find_place
 from edgedistill.cli_options import (
     CacheOption,
     JsonOption,
     RecipePath,
     StudentOption,
-    default_cache,
     run_command,
 )
 
@@ -50,7 +50,7 @@ def search(
         seconds = None if budget_minutes is None else 60 * budget_minutes
         options = SearchOptions(
             recipe=recipe,
-            cache=(cache or default_cache()).absolute(),
+            cache=find_place(cache),
             student=student,
             out=out,
             overwrite=overwrite,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import edgedistill
 from edgedistill.build import student_name
-from edgedistill.cache import Cache
+from edgedistill.cache_place import CachePlace, open_cache
 from edgedistill.errors import StageError
 from edgedistill.pipeline import Pipeline, Say, say
 from edgedistill.plan import plan_build
@@ -34,7 +34,7 @@ class SearchOptions:
     """
 
     recipe: Path
-    cache: Path
+    cache: CachePlace
     student: str | None = None
     out: Path | None = None
     overwrite: bool = False
@@ -69,7 +69,7 @@ def search_recipe(options: SearchOptions, tell: Say = say) -> SearchReport:
     path = found_path(options.recipe, options.out, overwrite=options.overwrite)
     field = find_candidates(options.recipe, options.student, options.cache)
     _tell_left_out(field, tell)
-    measurer = Measurer(field, Pipeline(Cache(options.cache), tell))
+    measurer = Measurer(field, Pipeline(open_cache(options.cache), tell))
     climb = Climb(field.open, measurer, tell, options.limits)
     winner = None
     if field.open:
