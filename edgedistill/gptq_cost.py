@@ -6,7 +6,7 @@ from edgedistill.decoder import DecoderFacts
 from edgedistill.stage import StageCost
 from edgedistill.student import SHARD_BYTES
 
-# An array of hidden states of up to this size lies in memory, a larger one in a mapped file.
+# An array of what a half computed of up to this size lies in memory, a larger one in a mapped file.
 HELD_BYTES = 256 * 1024 * 1024
 # Two streams, of which each reads the entry of every half twice, and its exit once more.
 FORWARDS_A_TOKEN = 5
@@ -15,7 +15,9 @@ HEAD_TOKENS = 8192
 
 
 def gptq_cost(facts: DecoderFacts, tokens: int) -> StageCost:
-    """Tokens forward; the embedding thrice, a block and states in float32, a shard to be written.
+    """Tokens forward; the embedding thrice, a block and states in float32, or a written shard.
+
+    Hidden states lie in mapped files.
 
     Args:
         facts: of the student that arrives.
@@ -24,10 +26,10 @@ def gptq_cost(facts: DecoderFacts, tokens: int) -> StageCost:
     shapes = facts.tensor_shapes()
     block = sum(shapes[name][0] * shapes[name][1] for name in facts.linears(0).values())
     wide = max(facts.heads * facts.head_dim, facts.ffn_size)
-    # Hidden states and what the half computed inside, of each of the two streams.
-    states = sum(min(4 * tokens * width, HELD_BYTES) for width in (facts.hidden_size, wide))
-    held = 3 * 4 * facts.vocab_size * facts.hidden_size + 2 * 4 * block + 2 * states
-    held += min(facts.parameters, SHARD_BYTES)
+    # What the half at work computed inside, of each of the two streams.
+    inside = 2 * min(4 * tokens * wide, HELD_BYTES)
+    held = 3 * 4 * facts.vocab_size * facts.hidden_size + 2 * 4 * block + inside
     # A Hessian of the widest inputs and what it is factorized through, in float64.
     held += 6 * 8 * wide * wide
+    held = max(held, min(facts.parameters, SHARD_BYTES))
     return StageCost(FORWARDS_A_TOKEN * tokens + min(tokens, HEAD_TOKENS), held)
