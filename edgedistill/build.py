@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,7 +22,7 @@ from edgedistill.plan import BuildSteps, plan_build
 from edgedistill.publish import NEW, exports_lock, publish_artifact, replace_files
 from edgedistill.recipe import Recipe
 from edgedistill.recipe_load import load_recipe
-from edgedistill.results import BuildReport, LoweredClause, StepReport
+from edgedistill.results import BuildReport, LoweredClause
 
 
 @dataclass(frozen=True)
@@ -79,14 +78,13 @@ def build(options: Options, tell: Say = say) -> tuple[BuildReport, Path]:
     prepared = prepare(options)
     for warning in low_bit_warnings(prepared.recipe, prepared.facts):
         tell(f"warning: {warning}")
-    pipeline = Pipeline(Cache(options.cache), tell)
+    limit_bytes = prepared.recipe.build.peak_ram_bytes
+    pipeline = Pipeline(Cache(options.cache), tell, peak_ram_bytes=limit_bytes)
     step_reports = pipeline.run(prepared.steps.ordered())
-    _warn_of_memory(prepared.recipe, step_reports, tell)
     assembled = assemble(prepared.recipe, prepared.steps, pipeline)
     lowered = find_lowered(prepared.recipe, options.exports)
     for clause in lowered:
         tell(f"warning: the floor was lowered since an earlier release: {clause}")
-    limit_gb = prepared.recipe.build.peak_ram_gb
     report = BuildReport(
         recipe=prepared.recipe.name,
         edgedistill=edgedistill.__version__,
@@ -100,7 +98,7 @@ def build(options: Options, tell: Say = say) -> tuple[BuildReport, Path]:
         artifacts=[a.report for a in assembled.artifacts],
         judgements=assembled.judgements,
         steps=step_reports,
-        peak_ram_limit_bytes=int(limit_gb * 1e9) if limit_gb else None,
+        peak_ram_limit_bytes=limit_bytes,
         machine=_machine(),
         exit_code=assembled.exit_code,
         floor_lowered=lowered,
@@ -145,14 +143,6 @@ def _publish(recipe: Recipe, assembled: Assembled, report: BuildReport, exports:
         except OSError as error:
             raise disk_error(error, directory) from error
     return directory / "report.html"
-
-
-def _warn_of_memory(recipe: Recipe, steps: Sequence[StepReport], tell: Say) -> None:
-    limit_gb = recipe.build.peak_ram_gb
-    for step in steps:
-        if limit_gb is not None and step.peak_rss_bytes > limit_gb * 1e9:
-            peak_gb = step.peak_rss_bytes / 1e9
-            tell(f"warning: {step.label} held {peak_gb:.1f} GB, the recipe allows {limit_gb:g} GB")
 
 
 def _machine() -> dict[str, str]:

@@ -17,7 +17,7 @@ from edgedistill.cache import Cache, StepRecord
 from edgedistill.child import run_in_child
 from edgedistill.code_version import CodeVersion
 from edgedistill.content import ContentHashes, sha256_json
-from edgedistill.errors import EdgedistillError
+from edgedistill.errors import EdgedistillError, StageError
 from edgedistill.results import StepReport
 from edgedistill.task import WORK, Task
 
@@ -98,10 +98,16 @@ class Pipeline:
 
     One at a time, because two would share the cores that each is told to use and the memory that
     the recipe allows.
+
+    Args:
+        cache: of their outputs.
+        tell: what the user should know.
+        peak_ram_bytes: that a step may hold; one that holds more is stopped, and has failed.
     """
 
-    def __init__(self, cache: Cache, tell: Say = say) -> None:
+    def __init__(self, cache: Cache, tell: Say = say, *, peak_ram_bytes: int | None = None) -> None:
         self.cache = cache
+        self._peak_ram_bytes = peak_ram_bytes
         self._tell = tell
         self._outcomes: dict[str, Outcome] = {}
 
@@ -153,17 +159,24 @@ class Pipeline:
                 return Outcome(record, report=_report(step, record, cached=True))
             self._tell(f"{number} {step.label}")
             record = self._run(step, lock)
-        peak_gb = record.peak_rss_bytes / 1e9
+        peak_gb = record.peak_own_bytes / 1e9
         self._tell(f"{number} {step.label}: {record.seconds:.1f} s, peak {peak_gb:.2f} GB")
         return Outcome(record, report=_report(step, record, cached=False))
 
     def _run(self, step: Step, lock: int) -> StepRecord:
-        inputs = {name: self.cache.out(source.key) for name, source in step.inputs.items()}
+        inputs = {name: self._present(source) for name, source in step.inputs.items()}
         if step.task.keeps_work():
             inputs[WORK] = self.cache.work(step.key)
         log = self.cache.log(step.key)
         with self.cache.scratch(step.key) as scratch:
-            result = run_in_child(step.task, inputs, scratch, lock=lock, log=log)
+            result = run_in_child(
+                step.task,
+                inputs,
+                scratch,
+                lock=lock,
+                log=log,
+                peak_ram_bytes=self._peak_ram_bytes,
+            )
             record = StepRecord(
                 key=step.key,
                 label=step.label,
@@ -174,11 +187,24 @@ class Pipeline:
                 inputs={name: source.key for name, source in step.inputs.items()},
                 seconds=result.seconds,
                 peak_rss_bytes=result.peak_rss_bytes,
+                peak_own_bytes=result.peak_own_bytes,
                 files=result.files,
             )
             self.cache.commit(scratch, record)
         self.cache.end_work(step.key)
         return record
+
+    def _present(self, source: Step) -> Path:
+        """The output of a finished step, which somebody may have taken away since."""
+        path = self.cache.out(source.key)
+        if not path.is_dir():
+            raise StageError(
+                f"what {source.label!r} wrote is not there any more",
+                where=str(path),
+                hint="put the cache back where it was, or run the same command again: "
+                "what is missing is made anew",
+            )
+        return path
 
 
 def _report(
@@ -190,5 +216,6 @@ def _report(
         cached=cached,
         seconds=record.seconds if record else 0.0,
         peak_rss_bytes=record.peak_rss_bytes if record else 0,
+        peak_own_bytes=record.peak_own_bytes or record.peak_rss_bytes if record else 0,
         error=error,
     )
