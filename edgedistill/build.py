@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,7 +25,7 @@ from edgedistill.plan import BuildSteps, plan_build
 from edgedistill.publish import NEW, exports_lock, publish_artifact, replace_files
 from edgedistill.recipe import Recipe
 from edgedistill.recipe_load import load_recipe
-from edgedistill.results import BuildReport, LoweredClause, StepReport
+from edgedistill.results import BuildReport, LoweredClause
 
 Executor = Literal["local", "ray"]
 
@@ -88,12 +87,10 @@ def build(options: Options, tell: Say = say) -> tuple[BuildReport, Path]:
         tell(f"warning: {warning}")
     pipeline = _pipeline(options, prepared, tell)
     step_reports = pipeline.run(prepared.steps.ordered())
-    _warn_of_memory(prepared.recipe, step_reports, tell)
     assembled = assemble(prepared.recipe, prepared.steps, pipeline)
     lowered = find_lowered(prepared.recipe, options.exports)
     for clause in lowered:
         tell(f"warning: the floor was lowered since an earlier release: {clause}")
-    limit_gb = prepared.recipe.build.peak_ram_gb
     report = BuildReport(
         recipe=prepared.recipe.name,
         edgedistill=edgedistill.__version__,
@@ -107,7 +104,7 @@ def build(options: Options, tell: Say = say) -> tuple[BuildReport, Path]:
         artifacts=[a.report for a in assembled.artifacts],
         judgements=assembled.judgements,
         steps=step_reports,
-        peak_ram_limit_bytes=int(limit_gb * 1e9) if limit_gb else None,
+        peak_ram_limit_bytes=prepared.recipe.build.peak_ram_bytes,
         machine=_machine(),
         exit_code=assembled.exit_code,
         floor_lowered=lowered,
@@ -125,16 +122,16 @@ def _pipeline(options: Options, prepared: Prepared, tell: Say) -> Pipeline:
                 f"--ray-address {options.ray_address}: nothing runs there",
                 hint="add --executor ray",
             )
-        return Pipeline(open_cache(options.cache), tell)
+        limit_bytes = prepared.recipe.build.peak_ram_bytes
+        return Pipeline(open_cache(options.cache), tell, peak_ram_bytes=limit_bytes)
     from edgedistill.preview import estimate_peaks
     from edgedistill.ray_cluster import LOCAL, Asked, need_ray
     from edgedistill.ray_executor import RayPipeline
 
     need_ray()
     limits = prepared.recipe.build
-    memory_bytes = int(limits.peak_ram_gb * 1e9) if limits.peak_ram_gb else None
     address = options.ray_address or os.environ.get("RAY_ADDRESS") or LOCAL
-    asked = Asked(address, limits.threads, memory_bytes)
+    asked = Asked(address, limits.threads, limits.peak_ram_bytes)
     return RayPipeline(options.cache, tell, asked=asked, peak_bytes=estimate_peaks(prepared))
 
 
@@ -172,14 +169,6 @@ def _publish(recipe: Recipe, assembled: Assembled, report: BuildReport, exports:
         except OSError as error:
             raise disk_error(error, directory) from error
     return directory / "report.html"
-
-
-def _warn_of_memory(recipe: Recipe, steps: Sequence[StepReport], tell: Say) -> None:
-    limit_gb = recipe.build.peak_ram_gb
-    for step in steps:
-        if limit_gb is not None and step.peak_rss_bytes > limit_gb * 1e9:
-            peak_gb = step.peak_rss_bytes / 1e9
-            tell(f"warning: {step.label} held {peak_gb:.1f} GB, the recipe allows {limit_gb:g} GB")
 
 
 def _machine() -> dict[str, str]:

@@ -58,7 +58,9 @@ class StepRecord(BaseModel):
         fields: of its task, input files replaced by hashes of their contents.
         code: the code version; ``libraries`` the versions of the third-party code in it.
         inputs: name -> key of the step that made it.
-        seconds: wall time; ``peak_rss_bytes`` of its process.
+        seconds: wall time.
+        peak_rss_bytes: of its process, with pages of mapped files.
+        peak_own_bytes: without, of the process and those that it started; 0: it was not looked at.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -72,6 +74,7 @@ class StepRecord(BaseModel):
     inputs: dict[str, str]
     seconds: float
     peak_rss_bytes: int
+    peak_own_bytes: int = 0
     files: list[FileRecord]
 
 
@@ -88,6 +91,10 @@ class Cache:
     def log(self, key: str) -> Path:
         """Where the output of a failed step is kept."""
         return self.root / "logs" / f"{key}.log"
+
+    def is_there(self) -> bool:
+        """Whether the directory of finished steps still lies where they were put."""
+        return (self.root / "steps").is_dir()
 
     def find(self, key: str) -> StepRecord | None:
         """The record of a finished step whose files are all as they were written."""
@@ -118,8 +125,11 @@ class Cache:
             waiting: called once when another build holds it.
         """
         path = self.root / "locks" / f"{key}.lock"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise disk_error(error, path) from error
         try:
             if not _try_lock(descriptor):
                 waiting()
@@ -184,12 +194,13 @@ class Cache:
     def sweep(self) -> None:
         """Remove what killed builds left; directories of living ones stay.
 
-        What a step can go on from stays for two weeks.
+        What a step can go on from stays for two weeks, or until the step is finished.
         """
         for path in (self.root / "scratch").glob("*"):
             self._remove_if_free(path)
         for path in (self.root / "work").glob("*"):
-            if time.time() - path.stat().st_mtime > WORK_SECONDS:
+            finished = (self.root / "steps" / path.name / MARKER).exists()
+            if finished or _age_seconds(path) > WORK_SECONDS:
                 self._remove_if_free(path)
 
     def _remove_if_free(self, path: Path) -> None:
@@ -207,6 +218,14 @@ class Cache:
 def record_files(root: Path) -> list[FileRecord]:
     """Hash all files below ``root``."""
     return [FileRecord.of(file, root) for file in files_below(root)]
+
+
+def _age_seconds(path: Path) -> float:
+    """Since its last change; 0 where another build has just removed it."""
+    try:
+        return time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def _try_lock(descriptor: int) -> bool:

@@ -19,6 +19,7 @@ from edgedistill.cache import FileRecord
 from edgedistill.disk import FULL_TEXTS, disk_error, full_disk
 from edgedistill.errors import EdgedistillError, StageError
 from edgedistill.memory import MAXRSS_UNIT
+from edgedistill.memory_watch import INTERVAL_SECONDS, MemoryWatch
 from edgedistill.progress import PROGRESS_FD
 from edgedistill.task import Task
 
@@ -31,15 +32,27 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"
 
 @dataclass(frozen=True)
 class ChildResult:
-    """What a finished step wrote, and what it cost."""
+    """What a finished step wrote, and what it cost.
+
+    Attributes:
+        peak_rss_bytes: with pages of mapped files, as the kernel keeps count.
+        peak_own_bytes: without, as it was seen from time to time.
+    """
 
     files: list[FileRecord]
     seconds: float
     peak_rss_bytes: int
+    peak_own_bytes: int
 
 
 def run_in_child(
-    task: Task, inputs: Mapping[str, Path], scratch: Path, *, lock: int, log: Path
+    task: Task,
+    inputs: Mapping[str, Path],
+    scratch: Path,
+    *,
+    lock: int,
+    log: Path,
+    peak_ram_bytes: int | None = None,
 ) -> ChildResult:
     """Run ``task`` with ``scratch/out`` as its destination, and wait for it.
 
@@ -50,9 +63,10 @@ def run_in_child(
         lock: descriptor of the key's lock, which the child holds too: it is not free before both
             are gone.
         log: where the child's output is kept when it crashes.
+        peak_ram_bytes: of its own that it may hold; a child that holds more is ended.
 
     Raises:
-        EdgedistillError: the child's own error, or a StageError for a crash.
+        EdgedistillError: the child's own error, or a StageError for a crash or too much memory.
     """
     job = scratch / "job.json"
     try:
@@ -60,12 +74,12 @@ def run_in_child(
     except OSError as error:
         raise disk_error(error, scratch) from error
     started = time.monotonic()
-    ended = _run(task, job, lock)
+    ended = _run(task, job, lock, peak_ram_bytes)
     seconds = time.monotonic() - started
     result = json.loads(ended.result) if ended.result else {}
     if ended.code == 0 and "files" in result:
         files = [FileRecord.model_validate(f) for f in result["files"]]
-        return ChildResult(files, seconds, result["peak_rss_bytes"])
+        return ChildResult(files, seconds, result["peak_rss_bytes"], ended.peak_own_bytes)
     raise _failure(ended, result.get("error"), scratch, log)
 
 
@@ -84,11 +98,12 @@ def _job(task: Task, inputs: Mapping[str, Path], scratch: Path) -> dict[str, obj
 class _Ended:
     code: int  # of the exit; negative for a signal
     peak_rss_bytes: int  # as the kernel tells a parent, its own share at the fork included
+    peak_own_bytes: int
     result: bytes
     output: str
 
 
-def _run(task: Task, job: Path, lock: int) -> _Ended:
+def _run(task: Task, job: Path, lock: int, peak_ram_bytes: int | None) -> _Ended:
     """Start the process and hear it out; whatever ends us ends it.
 
     Result and output come through pipes, because a full disk is one of the things it may report.
@@ -108,7 +123,8 @@ def _run(task: Task, job: Path, lock: int) -> _Ended:
         )
         try:
             os.close(result_end)
-            answer, output = _listen(result, process)
+            watch = MemoryWatch(process.pid, peak_ram_bytes)
+            answer, output = _listen(result, process, watch)
             _, status, usage = os.wait4(process.pid, 0)
         except BaseException:
             os.killpg(process.pid, signal.SIGKILL)
@@ -118,10 +134,11 @@ def _run(task: Task, job: Path, lock: int) -> _Ended:
         os.close(terminal)
         os.close(result)
     process.returncode = os.waitstatus_to_exitcode(status)
-    return _Ended(process.returncode, usage.ru_maxrss * MAXRSS_UNIT, answer, output)
+    peak = usage.ru_maxrss * MAXRSS_UNIT
+    return _Ended(process.returncode, peak, watch.peak_bytes, answer, output)
 
 
-def _listen(result: int, process: subprocess.Popen[bytes]) -> tuple[bytes, str]:
+def _listen(result: int, process: subprocess.Popen[bytes], watch: MemoryWatch) -> tuple[bytes, str]:
     """Read until the child is gone: its result, and the end of what it said."""
     assert process.stdout is not None  # it is a pipe
     answer, said = bytearray(), bytearray()
@@ -130,7 +147,8 @@ def _listen(result: int, process: subprocess.Popen[bytes]) -> tuple[bytes, str]:
         selector.register(result, selectors.EVENT_READ)
         selector.register(output, selectors.EVENT_READ)
         while selector.get_map().get(result):
-            for key, _ in selector.select(WAKE_SECONDS):
+            watch.look()
+            for key, _ in selector.select(INTERVAL_SECONDS):
                 chunk = os.read(key.fd, CHUNK_BYTES)
                 (answer if key.fd == result else said).extend(chunk)
                 if not chunk:

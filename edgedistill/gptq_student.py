@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -21,13 +20,15 @@ from edgedistill.calibration import Ids
 from edgedistill.decoder_forward import HALVES, BlockWeights, DecoderForward, Half
 from edgedistill.errors import InputError
 from edgedistill.gptq import ROUNDED_FROM_BITS, Gptq, GptqSettings, Inputs
-from edgedistill.gptq_cost import HEAD_TOKENS, HELD_BYTES
+from edgedistill.gptq_cost import HEAD_TOKENS
 from edgedistill.gptq_head import head_inputs, quantize_head
 from edgedistill.gptq_polish import FloatArray
-from edgedistill.progress import progress_bar
+from edgedistill.gptq_state import GptqState, Packed
+from edgedistill.hidden_stream import HiddenStream
+from edgedistill.progress import Bar, progress_bar
 from edgedistill.quantized import Grid, QTensor
 from edgedistill.stages.quantize_rtn import round_to_grid
-from edgedistill.student import Student, StudentWriter
+from edgedistill.student import Student, StudentWriter, packed_arrays
 
 BATCH_TOKENS = 2048
 
@@ -40,6 +41,7 @@ def quantize_student(
     settings: GptqSettings | None = None,
     *,
     label: str,
+    work: Path | None = None,
 ) -> None:
     """Write a quantized student: blocks and head by GPTQ, the rest by rounding to nearest.
 
@@ -52,12 +54,13 @@ def quantize_student(
         grid_of: the grid of a matrix, by the name of its tensor.
         settings: the ingredients; default: the best.
         label: what the progress is called.
+        work: a directory that outlives a killed run, which then goes on behind its last block.
 
     Raises:
         InputError: a weight is not finite, or too large for its grid.
         StageError: the hidden states are not finite.
     """
-    facts = student.facts
+    facts, settings = student.facts, settings or GptqSettings()
     matrices = facts.matrices()
     with (
         StudentWriter(dst, student) as writer,
@@ -66,46 +69,82 @@ def quantize_student(
     ):
         for name in sorted(set(student.names()) - set(matrices)):
             writer.write(name, read_finite(student, name))
-        settings = settings or GptqSettings()
-        for name in dict.fromkeys([facts.head, facts.embedding]):
-            weights, grid = read_finite(student, name), grid_of(name)
-            if name == facts.head and grid.bits < ROUNDED_FROM_BITS:
-                inputs = head_inputs(student, torch.from_numpy(head_text(ids)))
-                quantized = quantize_head(weights, grid, inputs, settings)
-            else:
-                quantized = round_to_grid(weights, grid)
-            writer.write(name, quantized)
-            bar.advance()
-        walk = _Walk(student, np.stack(ids), quantized.dequantize(), Path(scratch), settings)
-        for name, quantized in _quantize_blocks(student, walk, grid_of, settings):
-            writer.write(name, quantized)
-            bar.advance()
+        state = GptqState(work or Path(scratch))
+        _quantize_parts(student, state, np.stack(ids), Path(scratch), grid_of, settings, bar)
+        for name, arrays in state.tensors():
+            writer.write_packed(name, grid_of(name), arrays)
 
 
-def _quantize_blocks(
-    student: Student, walk: _Walk, grid_of: Callable[[str], Grid], settings: GptqSettings
+def _quantize_parts(
+    student: Student,
+    state: GptqState,
+    ids: Ids,
+    scratch: Path,
+    grid_of: Callable[[str], Grid],
+    settings: GptqSettings,
+    bar: Bar,
+) -> None:
+    """Finish what the state lacks: embedding and head, then a block at a time."""
+    facts = student.facts
+    walk = _Walk(student, ids.shape, state.directory, scratch, settings)
+    if not state.finished:
+        outer, embedding = _quantize_outer(student, ids, grid_of, settings)
+        walk.embed(ids, embedding)
+        state.finish(outer, walk.files(0))
+    outside = len({facts.embedding, facts.head})
+    bar.advance(outside + (state.finished - 1) * len(facts.linears(0)))
+    for layer in range(state.finished - 1, facts.layers):
+        walk.start(layer)
+        block = {}
+        for name, quantized in _quantize_block(student, layer, walk, grid_of, settings):
+            block[name] = packed_arrays(name, quantized)
+            bar.advance()
+        state.finish(block, walk.files(layer + 1))
+
+
+def _quantize_outer(
+    student: Student, ids: Ids, grid_of: Callable[[str], Grid], settings: GptqSettings
+) -> tuple[dict[str, Packed], FloatArray]:
+    """Head and embedding by their names, and what the rows of the embedding have become."""
+    facts, found = student.facts, {}
+    for name in dict.fromkeys([facts.head, facts.embedding]):
+        weights, grid = read_finite(student, name), grid_of(name)
+        if name == facts.head and grid.bits < ROUNDED_FROM_BITS:
+            inputs = head_inputs(student, torch.from_numpy(head_text(ids)))
+            quantized = quantize_head(weights, grid, inputs, settings)
+        else:
+            quantized = round_to_grid(weights, grid)
+        found[name] = packed_arrays(name, quantized)
+    return found, quantized.dequantize()
+
+
+def _quantize_block(
+    student: Student,
+    layer: int,
+    walk: _Walk,
+    grid_of: Callable[[str], Grid],
+    settings: GptqSettings,
 ) -> Iterator[tuple[str, QTensor]]:
     """Tensor name and what it became, in the order of their use."""
-    for layer in range(student.facts.layers):
-        names = student.facts.linears(layer)
-        whole = walk.forward.read_block(layer)
-        for short, name in names.items():
-            _refuse_infinite(whole.linears[short].numpy(), name, student)
-        rounded = replace(whole, linears=dict(whole.linears))
-        # What the calibrated stream runs through.
-        through = rounded if settings.sequential else whole
-        for half in HALVES:
-            for shorts, read in (
-                (half.entry, walk.read_entry),
-                ((half.exit,), walk.read_exit),
-            ):
-                inputs = read(half, through, whole)
-                matrices = {s: whole.linears[s].numpy() for s in shorts}
-                grids = {s: grid_of(names[s]) for s in shorts}
-                for short, quantized in _quantize(matrices, grids, inputs, settings):
-                    rounded.linears[short] = torch.from_numpy(quantized.dequantize())
-                    yield names[short], quantized
-            walk.leave(half, through, whole)
+    names = student.facts.linears(layer)
+    whole = walk.forward.read_block(layer)
+    for short, name in names.items():
+        _refuse_infinite(whole.linears[short].numpy(), name, student)
+    rounded = replace(whole, linears=dict(whole.linears))
+    # What the calibrated stream runs through.
+    through = rounded if settings.sequential else whole
+    for half in HALVES:
+        for shorts, read in (
+            (half.entry, walk.read_entry),
+            ((half.exit,), walk.read_exit),
+        ):
+            inputs = read(half, through, whole)
+            matrices = {s: whole.linears[s].numpy() for s in shorts}
+            grids = {s: grid_of(names[s]) for s in shorts}
+            for short, quantized in _quantize(matrices, grids, inputs, settings):
+                rounded.linears[short] = torch.from_numpy(quantized.dequantize())
+                yield names[short], quantized
+        walk.leave(half, through, whole)
 
 
 def _quantize(
@@ -131,30 +170,57 @@ class _Walk:
 
     Args:
         student: not quantized.
-        ids: int64 [sequences, tokens].
-        embedding: float32 [vocab, hidden], as it comes out of its own quantization.
-        scratch: an empty directory.
+        shape: sequences, and tokens of each.
+        directory: where the hidden states lie.
+        scratch: an empty directory for what need not outlive the run.
         settings: the ingredients.
     """
 
     def __init__(
         self,
         student: Student,
-        ids: Ids,
-        embedding: FloatArray,
+        shape: tuple[int, ...],
+        directory: Path,
         scratch: Path,
         settings: GptqSettings,
     ) -> None:
         self.forward = DecoderForward(student)
-        self._facts = student.facts
-        self._batches = token_batches(*ids.shape)
-        if not settings.sequential:
-            embedding = student.read(self._facts.embedding)
-        self._stream = _Stream(self.forward, ids, embedding, scratch / "calibrated")
-        self._as_it_was: _Stream | None = None
+        self._student, self._facts = student, student.facts
+        self._sequential = settings.sequential
+        sequences, tokens = shape
+        self._batches = token_batches(sequences, tokens)
+
+        def stream(name: str) -> HiddenStream:
+            return HiddenStream(self.forward, (sequences, tokens), name, directory, scratch)
+
+        self._stream = stream("calibrated")
+        self._as_it_was: HiddenStream | None = None
         if settings.sequential and settings.compensation > 0:
-            whole = student.read(self._facts.embedding)
-            self._as_it_was = _Stream(self.forward, ids, whole, scratch / "unquantized")
+            self._as_it_was = stream("unquantized")
+
+    def embed(self, ids: Ids, embedding: FloatArray) -> None:
+        """Let the text in: int64 [sequences, tokens].
+
+        Args:
+            ids: the text.
+            embedding: float32 [vocab, hidden], as it comes out of its own quantization.
+        """
+        whole = self._student.read(self._facts.embedding)
+        self._stream.embed(ids, embedding if self._sequential else whole)
+        if self._as_it_was is not None:
+            self._as_it_was.embed(ids, whole)
+
+    def start(self, block: int) -> None:
+        """Go on with a block."""
+        for stream in self._streams():
+            stream.start(block)
+
+    def files(self, block: int) -> list[Path]:
+        """Where what enters a block lies."""
+        return [stream.file(block) for stream in self._streams()]
+
+    def _streams(self) -> list[HiddenStream]:
+        return [stream for stream in (self._stream, self._as_it_was) if stream is not None]
 
     def read_entry(self, half: Half, through: BlockWeights, whole: BlockWeights) -> Inputs:
         """The moments of what the half's first matrices read."""
@@ -193,38 +259,8 @@ class _Walk:
             self._stream.leave(half, through, batch)
             if self._as_it_was is not None:
                 self._as_it_was.leave(half, whole, batch)
-
-
-class _Stream:
-    """Hidden states [sequences, tokens, hidden], and what the half at work computed inside."""
-
-    def __init__(
-        self, forward: DecoderForward, ids: Ids, embedding: FloatArray, scratch: Path
-    ) -> None:
-        facts = forward.facts
-        self._forward = forward
-        wide = max(facts.heads * facts.head_dim, facts.ffn_size)
-        self._hidden = mapped_array((*ids.shape, facts.hidden_size), scratch.with_suffix(".hidden"))
-        self._inner = mapped_array((*ids.shape, wide), scratch.with_suffix(".inner"))
-        for sequence, tokens in enumerate(ids):
-            rows = torch.from_numpy(embedding[tokens])
-            self._hidden[sequence] = forward.scale_embedded(rows).numpy()
-
-    def hidden(self, batch: slice) -> Tensor:
-        return torch.from_numpy(self._hidden[batch])
-
-    def enter(self, half: Half, weights: BlockWeights, batch: slice) -> Tensor:
-        return self._forward.enter(half, weights, self.hidden(batch))
-
-    def inner(self, half: Half, weights: BlockWeights, batch: slice) -> Tensor:
-        inner = self._forward.inner(half, weights, self.enter(half, weights, batch))
-        self._inner[batch, :, : inner.shape[-1]] = inner.numpy()
-        return inner
-
-    def leave(self, half: Half, weights: BlockWeights, batch: slice) -> None:
-        columns = weights.linears[half.exit].shape[1]
-        inner = torch.from_numpy(np.ascontiguousarray(self._inner[batch, :, :columns]))
-        self._hidden[batch] += self._forward.leave(half, weights, inner).numpy()
+        for stream in self._streams():
+            stream.end_half()
 
 
 class _Moments:
@@ -266,9 +302,9 @@ def token_batches(sequences: int, tokens: int, most: int = BATCH_TOKENS) -> list
     return [slice(start, start + step) for start in range(0, sequences, step)]
 
 
-def head_text(ids: Sequence[Ids]) -> Ids:
+def head_text(ids: Ids) -> Ids:
     """The first sequences, on which the head is calibrated: int64 [sequences, tokens]."""
-    return np.stack(ids[: max(1, HEAD_TOKENS // len(ids[0]))])
+    return ids[: max(1, HEAD_TOKENS // ids.shape[1])]
 
 
 def read_finite(student: Student, name: str) -> FloatArray:
@@ -285,10 +321,3 @@ def read_finite(student: Student, name: str) -> FloatArray:
 def _refuse_infinite(values: FloatArray, name: str, student: Student) -> None:
     if not np.isfinite(values).all():
         raise InputError(f"{name} holds values that are not finite", where=str(student.path))
-
-
-def mapped_array(shape: tuple[int, ...], file: Path) -> npt.NDArray[np.float32]:
-    """Zeros in memory, or in a mapped file where they are many."""
-    if 4 * np.prod(shape) <= HELD_BYTES:
-        return np.zeros(shape, dtype=np.float32)
-    return np.memmap(file, dtype=np.float32, mode="w+", shape=shape)

@@ -15,10 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 from torch.nn import functional
 
 from edgedistill.decoder_forward import HALVES, BlockWeights, DecoderForward, Half
+from edgedistill.document import Document
 from edgedistill.gptq import ROUNDED_FROM_BITS, Gptq, GptqSettings, Inputs
 from edgedistill.gptq_head import head_inputs, quantize_head
 from edgedistill.gptq_polish import FloatArray
@@ -32,6 +34,8 @@ from edgedistill.student import Student
 
 # As the matrices are quantized in the end, but for what would have to be known of the others.
 SETTINGS = GptqSettings(compensation=0.0, polish=0)
+
+DAMAGE_FILE = "damage.json"
 
 Watch = Callable[[str, QTensor], None]
 Damage = dict[str, dict[Grid, float]]
@@ -86,6 +90,46 @@ def measure_damage(
             damage |= walk.block(layer)
             bar.advance()
         return damage | walk.outer()
+
+
+class _Measured(Document):
+    """One matrix on one grid."""
+
+    tensor: str
+    grid: Grid
+    loss: float
+
+
+class _AllMeasured(Document):
+    measured: list[_Measured]
+
+
+def write_damage(damage: Damage, work: Path | None) -> None:
+    """Keep what was measured, aside and renamed, where a run keeps work."""
+    if work is None:
+        return
+    rows = [
+        _Measured(tensor=name, grid=grid, loss=loss)
+        for name, grids in damage.items()
+        for grid, loss in grids.items()
+    ]
+    aside = work / f"{DAMAGE_FILE}.new"
+    aside.write_text(_AllMeasured(measured=rows).model_dump_json(), encoding="utf-8")
+    aside.rename(work / DAMAGE_FILE)
+
+
+def read_damage(work: Path | None) -> Damage | None:
+    """What :func:`write_damage` kept, in its order and to the last bit; None: it did not."""
+    if work is None:
+        return None
+    try:
+        kept = _AllMeasured.model_validate_json((work / DAMAGE_FILE).read_bytes())
+    except (FileNotFoundError, ValidationError):  # what a power cut left of it is measured anew
+        return None
+    damage: Damage = {}
+    for row in kept.measured:
+        damage.setdefault(row.tensor, {})[row.grid] = row.loss
+    return damage
 
 
 class _Walk:

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from edgedistill.decoder_forward import BlockWeights, DecoderForward
-from edgedistill.gptq_student import mapped_array, token_batches
+from edgedistill.gptq_student import token_batches
 from edgedistill.held_out import HEAD_POSITIONS, Head
+from edgedistill.hidden_stream import mapped_array
 from edgedistill.student import Student
 
 # One text at a time goes backward: its activations inside a block are held.

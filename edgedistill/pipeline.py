@@ -18,7 +18,7 @@ from edgedistill.cache import Cache, StepRecord
 from edgedistill.child import run_in_child
 from edgedistill.code_version import CodeVersion
 from edgedistill.content import ContentHashes, sha256_json
-from edgedistill.errors import EdgedistillError
+from edgedistill.errors import EdgedistillError, StageError
 from edgedistill.results import StepReport
 from edgedistill.task import WORK, Task
 
@@ -101,10 +101,16 @@ class Pipeline:
 
     One at a time, because two would share the cores that each is told to use and the memory that
     the recipe allows.
+
+    Args:
+        cache: of their outputs.
+        tell: what the user should know.
+        peak_ram_bytes: that a step may hold; one that holds more is stopped, and has failed.
     """
 
-    def __init__(self, cache: Cache, tell: Say = say) -> None:
+    def __init__(self, cache: Cache, tell: Say = say, *, peak_ram_bytes: int | None = None) -> None:
         self.cache = cache
+        self._peak_ram_bytes = peak_ram_bytes
         self._tell = tell
         self._outcomes: dict[str, Outcome] = {}
 
@@ -162,7 +168,7 @@ class Pipeline:
                 return Outcome(record, report=report_of(step, record, cached=True))
             self._tell(f"{number} {step.label}")
             record = self._run(step, lock)
-        peak_gb = record.peak_rss_bytes / 1e9
+        peak_gb = record.peak_own_bytes / 1e9
         self._tell(f"{number} {step.label}: {record.seconds:.1f} s, peak {peak_gb:.2f} GB")
         return Outcome(record, report=report_of(step, record, cached=False))
 
@@ -175,8 +181,19 @@ class Pipeline:
             yield lock
 
     def _present(self, step: Step) -> Path:
-        """Have the output of a finished step here; one that was damaged since is made again."""
+        """Have the output of a finished step here; one that was damaged since is made again.
+
+        Raises:
+            StageError: the whole cache is gone, as where a disk was unplugged.
+        """
         if self.cache.find(step.key) is None:
+            if not self.cache.is_there():
+                raise StageError(
+                    f"what {step.label!r} wrote is not there any more",
+                    where=str(self.cache.out(step.key)),
+                    hint="put the cache back where it was, or run the same command again: "
+                    "what is missing is made anew",
+                )
             with self._locked(step, "[input]") as lock:
                 if self.cache.fetch(step.key) is None:
                     self._tell(f"warning: {step.label}: its output is damaged and made again")
@@ -189,7 +206,14 @@ class Pipeline:
             inputs[WORK] = self.cache.work(step.key)
         log = self.cache.log(step.key)
         with self.cache.scratch(step.key) as scratch:
-            result = run_in_child(step.task, inputs, scratch, lock=lock, log=log)
+            result = run_in_child(
+                step.task,
+                inputs,
+                scratch,
+                lock=lock,
+                log=log,
+                peak_ram_bytes=self._peak_ram_bytes,
+            )
             record = StepRecord(
                 key=step.key,
                 label=step.label,
@@ -200,6 +224,7 @@ class Pipeline:
                 inputs={name: source.key for name, source in step.inputs.items()},
                 seconds=result.seconds,
                 peak_rss_bytes=result.peak_rss_bytes,
+                peak_own_bytes=result.peak_own_bytes,
                 files=result.files,
             )
             self.cache.commit(scratch, record)
@@ -217,5 +242,6 @@ def report_of(
         cached=cached,
         seconds=record.seconds if record else 0.0,
         peak_rss_bytes=record.peak_rss_bytes if record else 0,
+        peak_own_bytes=record.peak_own_bytes or record.peak_rss_bytes if record else 0,
         error=error,
     )

@@ -42,7 +42,7 @@ from edgedistill.tasks import EVALUATION_FILE, JudgeLogits, RunStage, Score, Sco
 
 
 class PlannedStep(Document):
-    """One step; ``seconds`` and ``peak_rss_bytes`` are measured if cached, else estimates.
+    """One step; ``seconds`` and ``peak_own_bytes`` are measured if cached, else estimates.
 
     ``seconds`` is None where no estimate is tried; ``gpu_seconds`` is of steps that train, on a GPU
     of ``GPU_OPERATIONS_PER_SECOND``.
@@ -53,7 +53,7 @@ class PlannedStep(Document):
     cached: bool
     seconds: float | None
     gpu_seconds: float | None = None
-    peak_rss_bytes: int
+    peak_own_bytes: int
 
 
 class PlannedArtifact(Document):
@@ -91,7 +91,7 @@ class PlanReport(Document):
     artifacts: list[PlannedArtifact]
     cases_in_suite: int
     scoring_seconds: float
-    peak_rss_bytes: int
+    peak_own_bytes: int
     peak_ram_gb_allowed: float | None
     clauses: list[PlannedClause] = Field(default=[])
     spread_from: str = ""
@@ -125,7 +125,7 @@ def preview(options: Options) -> PlanReport:
         artifacts=artifacts,
         cases_in_suite=cases,
         scoring_seconds=sum(a.seconds for a in artifacts) + scoring_seconds(facts, cases, None),
-        peak_rss_bytes=max(step.peak_rss_bytes for step in steps),
+        peak_own_bytes=max(step.peak_own_bytes for step in steps),
         peak_ram_gb_allowed=recipe.build.peak_ram_gb,
         clauses=clauses,
         spread_from=spread_from,
@@ -166,7 +166,7 @@ def describe(plan: PlanReport) -> Iterator[str]:
     for step in plan.steps:
         about = "" if step.cached else "~"
         seconds = "" if step.seconds is None else f"{about}{step.seconds:.0f} s"
-        peak = f"{about}{step.peak_rss_bytes / 1e9:.1f} GB"
+        peak = f"{about}{step.peak_own_bytes / 1e9:.1f} GB"
         state = "cached" if step.cached else "to run"
         yield f"  {state}  {step.label:<40} {seconds:>8} {peak:>8}"
     for step in plan.steps:
@@ -175,7 +175,7 @@ def describe(plan: PlanReport) -> Iterator[str]:
                 f"  {step.label} trains: ~{step.seconds / 3600:.1f} h on two cores, "
                 f"~{step.gpu_seconds / 3600:.2f} h on a GPU that does "
                 f"{GPU_OPERATIONS_PER_SECOND / 1e12:g} TFLOPS in float32 and holds "
-                f"{step.peak_rss_bytes / 1e9:.0f} GB"
+                f"{step.peak_own_bytes / 1e9:.0f} GB"
             )
     yield f"{plan.to_run} of {len(plan.steps)} steps to run"
     yield ""
@@ -199,10 +199,19 @@ def describe(plan: PlanReport) -> Iterator[str]:
         yield f"warning: the floor was lowered since an earlier release: {clause}"
     for warning in plan.warnings:
         yield f"warning: {warning}"
-    peak_gb = plan.peak_rss_bytes / 1e9
+    peak_gb = plan.peak_own_bytes / 1e9
     yield f"peak memory: ~{peak_gb:.1f} GB"
-    if plan.peak_ram_gb_allowed is not None and peak_gb > plan.peak_ram_gb_allowed:
-        yield f"warning: the recipe allows {plan.peak_ram_gb_allowed:g} GB"
+    yield from _beyond_memory(plan)
+
+
+def _beyond_memory(plan: PlanReport) -> Iterator[str]:
+    """Steps that are likely to be stopped, once more than the recipe allows is held."""
+    limit_gb = plan.peak_ram_gb_allowed
+    for step in plan.steps:
+        peak_gb = step.peak_own_bytes / 1e9
+        if limit_gb is not None and not step.cached and peak_gb > limit_gb:
+            about = f"warning: {step.label} needs ~{peak_gb:.2g} GB"
+            yield f"{about}; the recipe allows {limit_gb:g} GB"
 
 
 def _power(prepared: Prepared, cache: Cache) -> tuple[list[PlannedClause], str]:
@@ -317,7 +326,9 @@ class _Estimate:
 
 
 def _planned(step: Step, record: StepRecord | None, estimate: _Estimate) -> PlannedStep:
-    seconds, peak = (record.seconds, record.peak_rss_bytes) if record else estimate.of(step)
+    seconds, peak = estimate.of(step)
+    if record is not None:
+        seconds, peak = record.seconds, record.peak_own_bytes or record.peak_rss_bytes
     gpu_seconds = None if record else estimate.on_gpu(step)
     return PlannedStep(
         label=step.label,
@@ -325,5 +336,5 @@ def _planned(step: Step, record: StepRecord | None, estimate: _Estimate) -> Plan
         cached=record is not None,
         seconds=seconds,
         gpu_seconds=gpu_seconds,
-        peak_rss_bytes=peak,
+        peak_own_bytes=peak,
     )

@@ -45,7 +45,8 @@ class Asked:
     Attributes:
         address: of a running cluster; ``local`` starts one on this machine and ends it.
         threads: the most that a step may use.
-        memory_bytes: that a cluster on this machine may give out; None leaves it to Ray.
+        memory_bytes: that a step may hold, and that a cluster on this machine may give out; None
+            sets no limit and leaves the latter to Ray.
     """
 
     address: str = LOCAL
@@ -79,7 +80,7 @@ def joined(asked: Asked) -> Iterator[Cluster]:
     if ours:
         _init(asked)
     try:
-        yield Cluster()
+        yield Cluster(asked.memory_bytes)
     finally:
         if ours:
             ray.shutdown()
@@ -123,12 +124,13 @@ def _knock(address: str) -> None:
 
 
 class Cluster:
-    """The cluster that this process has joined."""
+    """The cluster that this process has joined; ``step_bytes`` is what a step may hold."""
 
-    def __init__(self) -> None:
+    def __init__(self, step_bytes: int | None) -> None:
         import ray
 
         self._task = ray.remote(run_on_worker)
+        self._step_bytes = step_bytes
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         self.machines = len(nodes)
         self.cpus = int(sum(r.get("CPU", 0) for r in nodes))
@@ -154,7 +156,7 @@ class Cluster:
             "memory": min(peak_bytes, self._most_memory_bytes),
             "max_retries": 0,  # Ray would begin one that ran out of memory for ever
         }
-        return self._task.options(**options).remote(step, place, carried)
+        return self._task.options(**options).remote(step, place, carried, self._step_bytes)
 
     def wait(self, refs: Sequence[Ref]) -> Ref:
         """One of the tasks that have ended; waits for the first."""

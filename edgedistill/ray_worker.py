@@ -29,19 +29,25 @@ class Ran:
     node: str
 
 
-def run_on_worker(step: Step, place: CachePlace, carried: Mapping[Path, Carried]) -> Ran:
+def run_on_worker(
+    step: Step,
+    place: CachePlace,
+    carried: Mapping[Path, Carried],
+    peak_ram_bytes: int | None = None,
+) -> Ran:
     """Run a step whose inputs are finished; what it wrote is in the cache before this returns.
 
     Args:
         step: with its key and code version, as the machine that asks knows them.
         place: of the cache, as this machine reaches it.
         carried: files that the tasks name, and that lie in the shared cache.
+        peak_ram_bytes: that the step may hold.
     """
     import ray
 
     said: list[str] = []
     try:
-        outcome = _run(step, place, carried, said)
+        outcome = _run(step, place, carried, peak_ram_bytes, said)
     except EdgedistillError as error:
         outcome = Outcome(error=error, report=report_of(step, error=str(error)))
     warnings = [line for line in said if line.startswith("warning: ")]
@@ -49,13 +55,17 @@ def run_on_worker(step: Step, place: CachePlace, carried: Mapping[Path, Carried]
 
 
 def _run(
-    step: Step, place: CachePlace, carried: Mapping[Path, Carried], said: list[str]
+    step: Step,
+    place: CachePlace,
+    carried: Mapping[Path, Carried],
+    peak_ram_bytes: int | None,
+    said: list[str],
 ) -> Outcome:
     _refuse_other_code(step)
     cache = open_cache(place)
     if isinstance(cache, SharedCache):
         step = receive_files(step, carried, cache)
-    pipeline = Pipeline(cache, said.append)
+    pipeline = Pipeline(cache, said.append, peak_ram_bytes=peak_ram_bytes)
     pipeline.run([step])
     return pipeline.outcome(step)
 

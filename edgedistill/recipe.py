@@ -190,10 +190,20 @@ class RouterSettings(Part):
 
 
 class BuildSettings(Part):
-    """What a build may take of this machine; threads decide sums, so they are part of the keys."""
+    """What a build may take of this machine; threads decide sums, so they are part of the keys.
+
+    Attributes:
+        peak_ram_gb: in 10^9 bytes, that any step may hold beside mapped files; one that holds more
+            is stopped.
+    """
 
     threads: Annotated[int, Field(ge=1, le=256)] = 2
     peak_ram_gb: Positive | None = None
+
+    @property
+    def peak_ram_bytes(self) -> int | None:
+        """``peak_ram_gb`` in bytes."""
+        return None if self.peak_ram_gb is None else int(self.peak_ram_gb * 1e9)
 
 
 class Recipe(Part):

@@ -341,13 +341,19 @@ class ArtifactReport(Document):
 
 
 class StepReport(Document):
-    """One step of the build: how long it took and how much memory it held when it ran."""
+    """One step of the build: how long it took and how much memory it held when it ran.
+
+    Attributes:
+        peak_rss_bytes: of its process, with pages of mapped files.
+        peak_own_bytes: without, of the process and those that it started: what a recipe limits.
+    """
 
     label: str
     key: str
     cached: bool
     seconds: float
     peak_rss_bytes: int
+    peak_own_bytes: int
     error: str | None = None
 
 
@@ -389,6 +395,6 @@ class BuildReport(Document):
     rungs: list[RungReport] = []
 
     @property
-    def peak_rss_bytes(self) -> int:
-        """The largest peak of any step's process."""
-        return max((step.peak_rss_bytes for step in self.steps), default=0)
+    def peak_own_bytes(self) -> int:
+        """The largest peak of any step."""
+        return max((step.peak_own_bytes for step in self.steps), default=0)

@@ -156,11 +156,13 @@ class StudentWriter:
             for stored, values in self._fused.add(name, value).items():
                 self._add(stored, values)
             return
-        self._grids[name] = value.grid
-        self._add(f"{name}.codes", pack_codes(value.codes, value.grid.bits))
-        self._add(f"{name}.scales", value.scales)
-        if value.zeros is not None:
-            self._add(f"{name}.zeros", value.zeros)
+        self.write_packed(name, value.grid, packed_arrays(name, value))
+
+    def write_packed(self, name: str, grid: Grid, arrays: dict[str, npt.NDArray[Any]]) -> None:
+        """Add a quantized tensor as :func:`packed_arrays` of it."""
+        self._grids[name] = grid
+        for stored, values in arrays.items():
+            self._add(stored, values)
 
     def close(self) -> None:
         """Write what is still held, the index and the config."""
@@ -205,6 +207,17 @@ class StudentWriter:
     ) -> None:
         if kind is None:
             self.close()
+
+
+def packed_arrays(name: str, value: QTensor) -> dict[str, npt.NDArray[Any]]:
+    """What a quantized tensor is stored as, by the names in the file."""
+    arrays: dict[str, npt.NDArray[Any]] = {
+        f"{name}.codes": pack_codes(value.codes, value.grid.bits),
+        f"{name}.scales": value.scales,
+    }
+    if value.zeros is not None:
+        arrays[f"{name}.zeros"] = value.zeros
+    return arrays
 
 
 def dequantize_student(src: Path, dst: Path) -> None:

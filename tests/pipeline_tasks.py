@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 from edgedistill.errors import InputError, UnavailableError
 from edgedistill.task import Task
@@ -66,12 +70,29 @@ class Fill(Task):
 
 
 class Hold(Task):
-    """Holds memory for a moment."""
+    """Holds memory for a moment: of its own, in a process that it starts, or of a mapped file."""
 
     size_bytes: int
+    seconds: float = 0.0
+    where: Literal["own", "child", "mapped"] = "own"
 
     def run(self, inputs: Mapping[str, Path], dst: Path) -> None:
-        (dst / "text").write_text(str(len(b"x" * self.size_bytes)))
+        (dst / "text").write_text(str(self.size_bytes))
+        if self.where == "own":
+            held = b"x" * self.size_bytes
+            time.sleep(self.seconds)
+            del held
+        elif self.where == "child":
+            code = f"import time; held = b'x' * {self.size_bytes}; time.sleep({self.seconds})"
+            subprocess.run([sys.executable, "-c", code], check=True)
+        else:
+            with (dst / "zeros").open("w+b") as file:
+                file.truncate(self.size_bytes)
+                with mmap.mmap(file.fileno(), self.size_bytes) as pages:
+                    for start in range(0, self.size_bytes, 4096):
+                        pages[start] = 1
+                    time.sleep(self.seconds)
+            (dst / "zeros").unlink()
 
 
 class Fail(Task):

@@ -122,3 +122,14 @@ def test_what_a_step_can_go_on_from_outlives_it_for_two_weeks(tmp_path: Path) ->
     assert (cache.work("new") / "state").read_text() == "new"
     cache.end_work("new")
     assert not (tmp_path / "work" / "new").exists()
+
+
+def test_what_a_step_went_on_from_goes_when_a_kill_came_between_its_end_and_the_removal(
+    tmp_path: Path,
+) -> None:
+    cache = Cache(tmp_path)
+    (cache.work(KEY) / "state").write_text("state")
+    commit(cache)
+    cache.sweep()
+    assert not list((tmp_path / "work").iterdir())
+    assert cache.find(KEY) is not None

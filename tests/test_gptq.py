@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from edgedistill import gptq_head, gptq_student
+from edgedistill import gptq_head, hidden_stream
 from edgedistill.calibration import Calibration, calibration_ids
 from edgedistill.chat import Chat
 from edgedistill.errors import InputError, StageError
@@ -382,7 +382,7 @@ def test_two_runs_and_hidden_states_in_files_give_the_same_bytes(
 ) -> None:
     runs = []
     for number, held_bytes in enumerate([HELD_BYTES, HELD_BYTES, 0]):
-        monkeypatch.setattr(gptq_student, "HELD_BYTES", held_bytes)
+        monkeypatch.setattr(hidden_stream, "HELD_BYTES", held_bytes)
         dst = tmp_path / str(number)
         dst.mkdir()
         QuantizeGptq(bits=2).run(tiny("qwen3"), dst)

@@ -50,12 +50,12 @@ def test_small_noise_on_outputs_costs_the_kl_that_is_predicted(
 def test_two_draws_agree_and_files_change_nothing(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from edgedistill import gptq_student
+    from edgedistill import hidden_stream
 
     student = Student(tiny("llama"))
     ids = torch.randint(3, student.facts.vocab_size, (8, 32))
     one, again = (output_weights(student, ids, tmp_path, seed=0) for _ in range(2))
-    monkeypatch.setattr(gptq_student, "HELD_BYTES", 0)
+    monkeypatch.setattr(hidden_stream, "HELD_BYTES", 0)
     filed = output_weights(student, ids, tmp_path, seed=0)
     for name, weight in one.items():
         for other in (again[name], filed[name]):

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import psutil
 import pytest
@@ -144,6 +147,39 @@ def test_peak_memory_does_not_start_at_what_the_parent_holds(tmp_path: Path) -> 
     assert report.peak_rss_bytes < 200e6
 
 
+@pytest.mark.parametrize("where", ["own", "child"])
+def test_a_step_that_holds_more_than_is_allowed_is_stopped_and_the_others_go_on(
+    tmp_path: Path, where: Literal["own", "child"]
+) -> None:
+    large = step(Hold(size_bytes=400_000_000, seconds=60.0, where=where), "large")
+    small = step(Hold(size_bytes=1000), "small")
+    pipeline = Pipeline(Cache(tmp_path), quiet, peak_ram_bytes=250_000_000)
+    started = time.monotonic()
+    reports = pipeline.run([large, small])
+    assert time.monotonic() - started < 50
+    error = pipeline.outcome(large).error
+    assert type(error) is StageError
+    assert "the recipe allows 0.25 GB" in error.message
+    assert "peak_ram_gb" in (error.where or "")
+    held_gb = float(error.message.split("held ")[1].split(" GB")[0])
+    # A look may fall into the time in which it is filled.
+    assert 0.25 < held_gb < 0.5
+    assert [report.error is None for report in reports] == [False, True]
+    assert not psutil.Process().children(recursive=True)
+    assert not list((tmp_path / "scratch").iterdir())
+
+
+def test_pages_of_mapped_files_are_not_what_a_step_holds(tmp_path: Path) -> None:
+    """On a disk: those of a tmpfs are memory."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as disk:
+        mapped = step(Hold(size_bytes=400_000_000, seconds=1.0, where="mapped"))
+        pipeline = Pipeline(Cache(Path(disk)), quiet, peak_ram_bytes=250_000_000)
+        (report,) = pipeline.run([mapped])
+    assert report.error is None
+    assert report.peak_rss_bytes > 400e6
+    assert 5e6 < report.peak_own_bytes < 150e6
+
+
 def test_a_changed_file_in_the_cache_is_noticed_and_made_again(tmp_path: Path) -> None:
     once = step(Write(text="a"))
     output = run(tmp_path, once).output(once)
@@ -151,6 +187,27 @@ def test_a_changed_file_in_the_cache_is_noticed_and_made_again(tmp_path: Path) -
     (output / "text").write_text("b")
     assert [r.cached for r in Pipeline(Cache(tmp_path), quiet).run([once])] == [False]
     assert (output / "text").read_text() == "a"
+
+
+def test_an_output_that_is_taken_away_in_mid_build_is_missed_and_made_again(
+    tmp_path: Path,
+) -> None:
+    first = step(Write(text="a"), "first")
+    second = step(Write(text="b"), "second", before=first)
+
+    def take_away(line: str) -> None:
+        if line.endswith("second"):
+            shutil.rmtree(tmp_path / "steps")
+
+    pipeline = Pipeline(Cache(tmp_path), take_away)
+    pipeline.run([second])
+    error = pipeline.outcome(second).error
+    assert type(error) is StageError
+    assert "'first'" in error.message
+    assert first.key in (error.where or "")
+    output = run(tmp_path, second).output(second)
+    assert output is not None
+    assert (output / "text").read_text() == "ab"
 
 
 def test_a_fresh_step_runs_although_the_cache_has_it(tmp_path: Path) -> None:

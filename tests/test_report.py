@@ -224,6 +224,21 @@ def test_a_step_that_failed_is_said_where_a_reader_looks(report: BuildReport) ->
     assert f"{steps[0].label}: it ran out of luck" in top
 
 
+def test_the_peak_of_every_step_is_shown_and_the_largest_beside_what_is_allowed(
+    report: BuildReport, page: Page
+) -> None:
+    shown, markdown = page.text, render_markdown(report)
+    assert report.peak_own_bytes == 1_890_000_000
+    for text in (shown, markdown):
+        assert "at most 1.89 GB of memory of 3.0 GB allowed" in text
+    for step in report.steps:
+        counted, mapped = step.peak_own_bytes / 1e9, step.peak_rss_bytes / 1e9
+        assert re.search(
+            rf"{re.escape(cell(step.label))}.* {counted:.2f} \| +{mapped:.2f} \|", markdown
+        )
+        assert f"{counted:.2f} GB" in shown
+
+
 def test_a_rejected_run_is_marked_everywhere(report: BuildReport, page: Page) -> None:
     assert re.search(r"int4\s+onnx.*112\*\s+122\*", printed(report))
     assert "112 (rejected)" in render_markdown(report)

@@ -239,17 +239,19 @@ def _steps(report: BuildReport) -> str:
             cell(step.label),
             cell(step.error) if step.error else "cached" if step.cached else "ran",
             words.duration(step.seconds),
+            f"{step.peak_own_bytes / 1e9:.2f}",
             f"{step.peak_rss_bytes / 1e9:.2f}",
         ]
         for step in report.steps
     ]
+    headings = ["step", "state", "time", "peak GB", "with mapped files GB"]
     limit = report.peak_ram_limit_bytes
     allowed = f" of {limit / 1e9:.1f} GB allowed" if limit else ""
     title = (
         f"## Build\n\n{words.duration(report.seconds)} in all, at most "
-        f"{report.peak_rss_bytes / 1e9:.2f} GB of memory{allowed}."
+        f"{report.peak_own_bytes / 1e9:.2f} GB of memory{allowed}."
     )
-    return f"{title}\n\n{table(['step', 'state', 'time', 'peak GB'], rows, text_columns=2)}"
+    return f"{title}\n\n{table(headings, rows, text_columns=2)}"
 
 
 def _list(title: str, items: Iterable[str]) -> str:

@@ -69,7 +69,9 @@ def search_recipe(options: SearchOptions, tell: Say = say) -> SearchReport:
     path = found_path(options.recipe, options.out, overwrite=options.overwrite)
     field = find_candidates(options.recipe, options.student, options.cache)
     _tell_left_out(field, tell)
-    measurer = Measurer(field, Pipeline(open_cache(options.cache), tell))
+    limit_bytes = field.prepared.recipe.build.peak_ram_bytes
+    pipeline = Pipeline(open_cache(options.cache), tell, peak_ram_bytes=limit_bytes)
+    measurer = Measurer(field, pipeline)
     climb = Climb(field.open, measurer, tell, options.limits)
     winner = None
     if field.open:

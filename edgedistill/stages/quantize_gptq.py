@@ -29,8 +29,17 @@ class QuantizeGptq(MatrixGrids, Stage):
     calibration: Calibration = Calibration()
     chat: Chat = Chat()
 
+    @property
+    def keeps_work(self) -> bool:
+        """The finished blocks, and the hidden states that enter the next."""
+        return True
+
     def run(self, src: Path, dst: Path) -> None:
         """Quantize all matrices of ``src``; norms and biases are carried as they are."""
+        self.run_beside(src, dst, teacher=None, work=None)
+
+    def run_beside(self, src: Path, dst: Path, *, teacher: Path | None, work: Path | None) -> None:
+        """As :meth:`run`, from where a killed run was."""
         from edgedistill.gptq_student import quantize_student
 
         ids = calibration_ids(src, self.calibration, self.chat)
@@ -40,7 +49,8 @@ class QuantizeGptq(MatrixGrids, Stage):
         def grid_of(name: str) -> Grid:
             return self.grid_of(name, facts)
 
-        quantize_student(student, dst, ids, grid_of, label=f"GPTQ to {self.bits} bits")
+        label = f"GPTQ to {self.bits} bits"
+        quantize_student(student, dst, ids, grid_of, label=label, work=work)
 
     def cost(self, facts: DecoderFacts) -> StageCost:
         """The student as it was and the calibrated one, each half of a block run again."""

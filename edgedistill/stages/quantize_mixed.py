@@ -116,21 +116,34 @@ class QuantizeMixed(Stage):
             f"this student takes {least:.4g} to {most:.4g}"
         ]
 
+    @property
+    def keeps_work(self) -> bool:
+        """What was measured, the finished blocks, and the hidden states that enter the next."""
+        return True
+
     def run(self, src: Path, dst: Path) -> None:
         """Measure, allocate, quantize; ``allocation.json`` says who got what and why."""
+        self.run_beside(src, dst, teacher=None, work=None)
+
+    def run_beside(self, src: Path, dst: Path, *, teacher: Path | None, work: Path | None) -> None:
+        """As :meth:`run`, from where a killed run was."""
         from edgedistill.allocation import allocate, describe_allocation
         from edgedistill.gptq_student import quantize_student
-        from edgedistill.grid_damage import measure_damage
+        from edgedistill.grid_damage import measure_damage, read_damage, write_damage
 
         student = Student(src)
         self.refuse_misfit(student)
         facts = student.facts
         ids = calibration_ids(src, self.calibration, self.chat)
         sizes, target = MixedBytes(facts, self.formats), self.target_bytes(facts)
-        text = split_for_sensitivity(ids)
-        damage = measure_damage(student, sizes.candidates, text, dst, self.calibration.seed)
+        damage = read_damage(work)
+        if damage is None:
+            text = split_for_sensitivity(ids)
+            damage = measure_damage(student, sizes.candidates, text, dst, self.calibration.seed)
+            write_damage(damage, work)
         grids = allocate(sizes, damage, target)
-        quantize_student(student, dst, ids, grids.__getitem__, label="GPTQ to mixed bits")
+        label = "GPTQ to mixed bits"
+        quantize_student(student, dst, ids, grids.__getitem__, label=label, work=work)
         describe_allocation(facts, sizes, damage, grids, target).write(dst)
 
 
