@@ -98,11 +98,7 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
-<<<<<<< HEAD
-@pytest.mark.parametrize("kilobytes", [800, 2000, 5000])
-=======
 @pytest.mark.parametrize("kilobytes", [2000])
->>>>>>> h-crash
 def test_a_disk_that_is_full_ends_in_a_clear_error_and_room_in_the_same_bytes(
     whole: KilledBuild, small_disk: Callable[[int], Path], kilobytes: int
 ) -> None:
