@@ -81,16 +81,17 @@ def test_stated_bytes_are_those_in_the_file(
     stated = row_of(student.facts, rung_name, format_name).weight_bytes
     found = stored_bytes(artifact, format_name)
     if format_name != "coreml":
-        scaled = format_name == "gguf" and family == "llama3"
-        divisors = 4 * student.facts.head_dim // 2 if scaled else 0  # of RoPE, float32
-        assert found == stated + divisors
+        # Divisors of RoPE's frequencies, float32; LongRoPE has two sets.
+        sets = {"llama3": 1, "phi4_mini": 2}.get(family, 0) if format_name == "gguf" else 0
+        assert found == stated + sets * 4 * student.facts.rotary_dim // 2
         return
     # Beside the weights: the tables of RoPE, and for each blob a header and the padding around it.
     import coremltools
 
     spec = coremltools.utils.load_spec(str(artifact / "model.mlpackage"))
     blobs = str(spec).count("blobFileValue")
-    tables = 2 * CONTEXT_TOKENS * student.facts.head_dim // 2 * 2
+    pairs = 1 if student.facts.sliding_rope is None else 2
+    tables = pairs * 2 * CONTEXT_TOKENS * student.facts.rotary_dim // 2 * 2
     assert 0 <= found - stated - tables <= 192 * blobs
 
 
