@@ -132,7 +132,7 @@ def test_the_cache_of_graphs_is_what_their_inputs_say(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILY_CONFIGS)
+@pytest.mark.parametrize("family", HELD["gguf"])
 def test_the_cache_of_llama_cpp_is_what_it_says_that_it_allocates(
     tiny: Tiny, tmp_path: Path, family: str
 ) -> None:
