@@ -147,15 +147,15 @@ def test_the_cache_of_llama_cpp_is_what_it_says_that_it_allocates(
     def hear(level: int, text: bytes, data: ctypes.c_void_p) -> None:
         said.append(text.decode())
 
+    before, data = llama_cpp.llama_log_callback(), ctypes.c_void_p()
+    llama_cpp.llama_log_get(ctypes.byref(before), ctypes.byref(data))
     heard = llama_cpp.llama_log_callback(hear)
     llama_cpp.llama_log_set(heard, ctypes.c_void_p(0))
     try:
         model = llama_cpp.Llama(str(tmp_path / "model.gguf"), n_ctx=CONTEXT_TOKENS, verbose=True)
         model.close()
     finally:
-        from llama_cpp._logger import llama_log_callback
-
-        llama_cpp.llama_log_set(llama_log_callback, ctypes.c_void_p(0))
+        llama_cpp.llama_log_set(before, data)
     sizes = re.findall(r"KV buffer size = +([0-9.]+) MiB", "".join(said))
     assert sizes
     allocated = sum(map(float, sizes)) * 2**20
