@@ -17,7 +17,16 @@ from edgedistill import gptq_head, hidden_stream
 from edgedistill.calibration import Calibration, calibration_ids
 from edgedistill.chat import Chat
 from edgedistill.errors import InputError, StageError
-from edgedistill.gptq import Gptq, GptqSettings, Inputs, Order, column_order
+from edgedistill.gptq import (
+    TRIANGLE_SIZE,
+    Gptq,
+    GptqSettings,
+    Inputs,
+    Order,
+    column_order,
+    invert_lower,
+    output_error,
+)
 from edgedistill.gptq_cost import HELD_BYTES
 from edgedistill.gptq_polish import polish, refit_scales
 from edgedistill.gptq_student import quantize_student
@@ -449,3 +458,31 @@ def test_plan_knows_what_a_long_text_takes_and_what_it_does_not(tiny: Tiny) -> N
     assert costs[0].held_bytes < costs[1].held_bytes < costs[2].held_bytes
     assert costs[2].held_bytes == costs[3].held_bytes
     assert costs[3].forward_tokens == pytest.approx(10 * costs[2].forward_tokens, rel=1e-4)
+
+
+def test_a_triangle_is_inverted_in_place() -> None:
+    size = 3 * TRIANGLE_SIZE + 17
+    lower = torch.randn(size, size, dtype=torch.float64).tril() / size**0.5
+    lower.diagonal().add_(3.0)
+    inverse = lower.clone()
+    invert_lower(inverse)
+    torch.testing.assert_close(inverse, torch.linalg.inv(lower), rtol=1e-9, atol=1e-12)
+    assert not inverse.triu(1).any()
+
+
+def test_a_wide_hessian_in_float32_decides_as_one_in_float64(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rng = np.random.default_rng(8)
+    x = rng.standard_normal((600, 512)).astype(np.float32)
+    x[:, 7] *= 300  # a column of massive activations
+    weights = rng.standard_normal((48, 512)).astype(np.float32)
+    hessian = x.T @ x / np.float32(len(x))
+    found = []
+    for exact_columns in (4096, 0):
+        monkeypatch.setattr("edgedistill.gptq.EXACT_COLUMNS", exact_columns)
+        quantized = Gptq(Inputs(hessian), 32, GptqSettings()).quantize(weights, Grid(4, 32))
+        found.append((quantized, output_error(weights, quantized, hessian)))
+    (exact, error), (short, short_error) = found
+    assert short_error == pytest.approx(error, rel=1e-3)
+    assert (exact.codes != short.codes).mean() < 1e-3

@@ -186,3 +186,17 @@ def test_weights_that_are_not_finite_are_refused(
     out.mkdir()
     with pytest.raises(InputError, match=r"1\.mlp\.up_proj"):
         QuantizeRtn(bits=8).run(broken, out)
+
+
+def test_threads_and_blocks_change_no_byte(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = np.random.default_rng(5).standard_normal((96, 256)).astype(np.float32)
+    importance = np.random.default_rng(6).random(256).astype(np.float32) + 0.1
+    for grid in (Grid(4, 32), Grid(4, 32, "integer"), Grid(2, 64), Grid(8, 32)):
+        whole = round_to_grid(weights, grid, importance)
+        monkeypatch.setattr("edgedistill.stages.quantize_rtn.BLOCK_WEIGHTS", 7 * 256)
+        monkeypatch.setenv("OMP_NUM_THREADS", "3")
+        parts = round_to_grid(weights, grid, importance)
+        monkeypatch.undo()
+        assert np.array_equal(parts.codes, whole.codes)
+        assert np.array_equal(parts.scales, whole.scales)
+        assert np.array_equal(parts.zero_points(), whole.zero_points())
